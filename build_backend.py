@@ -1,0 +1,36 @@
+"""The build backend of `pip install .`: setuptools, plus the torch of the target environment.
+
+An extension only loads with the torch it was compiled against, while pip builds in an empty
+environment of its own. So the torch of the environment that pip runs for is asked for there, in
+exactly its version; where there is none, the supported range.
+"""
+
+import sysconfig
+from importlib.metadata import distributions
+
+from setuptools.build_meta import (  # noqa: F401
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+
+SUPPORTED_TORCH = "torch>=2.11,<2.14"
+
+
+def _torch_requirement() -> str:
+    # Under build isolation sys.path is pip's, but sysconfig still names the target's own folders.
+    paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    for distribution in distributions(name="torch", path=paths):
+        return f"torch=={distribution.version}"
+    return SUPPORTED_TORCH
+
+
+def get_requires_for_build_wheel(config_settings=None) -> list[str]:
+    # setuptools' own hook is left out: it runs setup.py, which needs torch already.
+    return [_torch_requirement(), "ninja", "numpy"]
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel

@@ -1,0 +1,82 @@
+// Under autocast the operands of the experts' products are cast; the router's mathematics keeps
+// its fp32, so its operators have no kernel here and fall through.
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+namespace moe_ext::autocast {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<at::Tensor>;
+
+template <class Sig>
+c10::TypedOperatorHandle<Sig> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Sig>();
+}
+
+// Casts to the autocast dtype of `like`'s device; fp64 and undefined tensors stay as they are.
+struct Cast {
+  c10::DeviceType device;
+  at::ScalarType dtype;
+
+  explicit Cast(const Tensor& like)
+      : device(like.device().type()), dtype(at::autocast::get_autocast_dtype(device)) {}
+
+  Tensor operator()(const Tensor& tensor) const {
+    return at::autocast::cached_cast(dtype, tensor, device);
+  }
+  OptionalTensor operator()(const OptionalTensor& tensor) const {
+    return tensor ? OptionalTensor((*this)(*tensor)) : std::nullopt;
+  }
+};
+
+Tensor grouped_linear(
+    const Tensor& rows, const Tensor& expert_offsets, const Tensor& weight,
+    const OptionalTensor& bias) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  static const auto op = find_op<decltype(grouped_linear)>("moe_ext::_grouped_linear");
+  const Cast cast(rows);
+  return op.call(cast(rows), expert_offsets, cast(weight), cast(bias));
+}
+
+Tensor expert_ffn(
+    const Tensor& rows, const Tensor& expert_offsets, const Tensor& gate_up_proj,
+    const Tensor& down_proj, const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
+    const OptionalTensor& row_weights, c10::string_view activation, bool gated,
+    c10::string_view recompute) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  static const auto op = find_op<decltype(expert_ffn)>("moe_ext::expert_ffn");
+  const Cast cast(rows);
+  return op.call(
+      cast(rows), expert_offsets, cast(gate_up_proj), cast(down_proj), cast(gate_up_bias),
+      cast(down_bias), row_weights, activation, gated, recompute);
+}
+
+Tensor moe_ffn(
+    const Tensor& tokens, const Tensor& topk_weights, const Tensor& topk_ids,
+    const Tensor& gate_up_proj, const Tensor& down_proj, const OptionalTensor& gate_up_bias,
+    const OptionalTensor& down_bias, c10::string_view activation, bool gated,
+    c10::string_view recompute) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  static const auto op = find_op<decltype(moe_ffn)>("moe_ext::moe_ffn");
+  const Cast cast(tokens);
+  return op.call(
+      cast(tokens), topk_weights, topk_ids, cast(gate_up_proj), cast(down_proj), cast(gate_up_bias),
+      cast(down_bias), activation, gated, recompute);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moe_ext, AutocastCPU, m) {
+  m.impl("_grouped_linear", grouped_linear);
+  m.impl("expert_ffn", expert_ffn);
+  m.impl("moe_ffn", moe_ffn);
+}
+
+TORCH_LIBRARY_IMPL(moe_ext, AutocastCUDA, m) {
+  m.impl("_grouped_linear", grouped_linear);
+  m.impl("expert_ffn", expert_ffn);
+  m.impl("moe_ffn", moe_ffn);
+}
+
+}  // namespace moe_ext::autocast

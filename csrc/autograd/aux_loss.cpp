@@ -1,0 +1,81 @@
+#include "autograd/function.h"
+
+namespace moe_ext::autograd {
+namespace {
+
+class LoadBalancingLoss : public torch::autograd::Function<LoadBalancingLoss> {
+ public:
+  static Tensor forward(
+      AutogradContext* ctx, const Tensor& router_probs, const Tensor& topk_ids,
+      const OptionalTensor& token_mask, bool normalize_by_topk) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const auto op = find_op<std::tuple<Tensor, Tensor>(
+        const Tensor&, const Tensor&, const OptionalTensor&, bool)>(
+        "moe_ext::_load_balancing_loss_forward");
+    auto [loss, grad_row] = op.call(router_probs, topk_ids, token_mask, normalize_by_topk);
+    ctx->save_for_backward({grad_row, topk_ids, token_mask.value_or(Tensor())});
+    ctx->saved_data["dtype"] = static_cast<int64_t>(router_probs.scalar_type());
+    ctx->set_materialize_grads(false);
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    variable_list grads(4);
+    if (!grad[0].defined()) return grads;
+    const auto saved = ctx->get_saved_variables();
+    {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      static const auto op =
+          find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&)>(
+              "moe_ext::_load_balancing_loss_backward");
+      const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
+      grads[0] = op.call(grad[0], saved[0], saved[1], as_optional(saved[2])).to(dtype);
+    }
+    return once_differentiable("load_balancing_loss", std::move(grads));
+  }
+};
+
+class RouterZLoss : public torch::autograd::Function<RouterZLoss> {
+ public:
+  static Tensor forward(
+      AutogradContext* ctx, const Tensor& router_logits, const OptionalTensor& token_mask) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const auto op =
+        find_op<Tensor(const Tensor&, const OptionalTensor&)>("moe_ext::router_z_loss");
+    ctx->save_for_backward({router_logits, token_mask.value_or(Tensor())});
+    ctx->set_materialize_grads(false);
+    return op.call(router_logits, token_mask);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    variable_list grads(2);
+    if (!grad[0].defined()) return grads;
+    const auto saved = ctx->get_saved_variables();
+    {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(
+          "moe_ext::_router_z_loss_backward");
+      grads[0] = op.call(grad[0], saved[0], as_optional(saved[1]));
+    }
+    return once_differentiable("router_z_loss", std::move(grads));
+  }
+};
+
+Tensor load_balancing_loss(
+    const Tensor& router_probs, const Tensor& topk_ids, const OptionalTensor& token_mask,
+    bool normalize_by_topk) {
+  return LoadBalancingLoss::apply(router_probs, topk_ids, token_mask, normalize_by_topk);
+}
+
+Tensor router_z_loss(const Tensor& router_logits, const OptionalTensor& token_mask) {
+  return RouterZLoss::apply(router_logits, token_mask);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moe_ext, Autograd, m) {
+  m.impl("load_balancing_loss", load_balancing_loss);
+  m.impl("router_z_loss", router_z_loss);
+}
+
+}  // namespace moe_ext::autograd

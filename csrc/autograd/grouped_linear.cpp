@@ -1,0 +1,52 @@
+#include "autograd/function.h"
+
+namespace moe_ext::autograd {
+namespace {
+
+class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
+ public:
+  static Tensor forward(
+      AutogradContext* ctx, const Tensor& rows, const Tensor& expert_offsets, const Tensor& weight,
+      const OptionalTensor& bias) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const auto op =
+        find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&)>(
+            "moe_ext::_grouped_linear");
+    ctx->save_for_backward({rows, expert_offsets, weight});
+    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->set_materialize_grads(false);
+    return op.call(rows, expert_offsets, weight, bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    variable_list grads(4);
+    if (!grad[0].defined()) return grads;
+    const auto saved = ctx->get_saved_variables();
+    NeedsGrad needs(ctx);
+    const bool rows = needs.next();
+    needs.next();
+    const bool weight = needs.next();
+    const bool bias = needs.next(ctx->saved_data["has_bias"].toBool());
+    {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
+          const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::array<bool, 3>)>(
+          "moe_ext::_grouped_linear_backward");
+      std::tie(grads[0], grads[2], grads[3]) =
+          op.call(grad[0], saved[0], saved[1], saved[2], {rows, weight, bias});
+    }
+    return once_differentiable("_grouped_linear", std::move(grads));
+  }
+};
+
+Tensor grouped_linear(
+    const Tensor& rows, const Tensor& expert_offsets, const Tensor& weight,
+    const OptionalTensor& bias) {
+  return GroupedLinear::apply(rows, expert_offsets, weight, bias);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moe_ext, Autograd, m) { m.impl("_grouped_linear", grouped_linear); }
+
+}  // namespace moe_ext::autograd

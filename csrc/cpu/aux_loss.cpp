@@ -1,0 +1,220 @@
+#include "ops/aux_loss.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "common/score_function.h"
+
+namespace moe_ext::cpu {
+namespace {
+
+// Sums over tokens run over blocks of this many, then over the blocks in order: the same bits for
+// every number of threads. They are kept in double, which costs nothing beside the reads.
+constexpr int64_t kTokensPerBlock = 256;
+
+int64_t num_blocks(int64_t T) { return (T + kTokensPerBlock - 1) / kTokensPerBlock; }
+
+// kernels
+
+// counts[e] += the number of ids that name e, over the unmasked tokens.
+template <class Id>
+void count_kernel(
+    const Id* ids, const bool* mask, int64_t T, int64_t K, int64_t E, int64_t* counts) {
+  for (int64_t t = 0; t < T; ++t) {
+    if (mask && !mask[t]) continue;
+    for (int64_t k = 0; k < K; ++k) {
+      if (is_valid(ids[t * K + k], E)) ++counts[ids[t * K + k]];
+    }
+  }
+}
+
+int64_t count_unmasked(const bool* mask, int64_t T) {
+  return mask ? std::count(mask, mask + T, true) : T;
+}
+
+// sum over the unmasked tokens of fn(t), deterministic.
+template <class Fn>
+double sum_over_tokens(int64_t T, const bool* mask, const Fn& fn) {
+  std::vector<double> partial(num_blocks(T), 0.0);
+  at::parallel_for(0, num_blocks(T), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      for (int64_t t = b * kTokensPerBlock; t < std::min(T, (b + 1) * kTokensPerBlock); ++t) {
+        if (!mask || mask[t]) partial[b] += fn(t);
+      }
+    }
+  });
+  double sum = 0;
+  for (const double part : partial) sum += part;
+  return sum;
+}
+
+// dz = scale * 2 lse softmax(z) of every unmasked token, zeros for the others.
+template <class T>
+void z_loss_backward_kernel(
+    const T* logits, const bool* mask, int64_t T_, int64_t E, T scale, T* grad_logits) {
+  at::parallel_for(0, T_, kTokensPerBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      T* dz = grad_logits + t * E;
+      if (mask && !mask[t]) {
+        std::fill_n(dz, E, T(0));
+        continue;
+      }
+      const T factor = T(2) * scale * log_sum_exp(logits + t * E, E);
+      softmax(logits + t * E, E, dz);
+      for (int64_t e = 0; e < E; ++e) dz[e] *= factor;
+    }
+  });
+}
+
+// operators
+
+at::Tensor contiguous_mask(const std::optional<at::Tensor>& token_mask) {
+  return token_mask ? token_mask->contiguous() : at::Tensor();
+}
+
+const bool* data_or_null(const at::Tensor& mask) {
+  return mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
+}
+
+std::vector<int64_t> count_experts(const at::Tensor& topk_ids_, const bool* mask, int64_t E) {
+  const at::Tensor topk_ids = topk_ids_.contiguous();
+  std::vector<int64_t> counts(E, 0);
+  if (topk_ids.scalar_type() == at::kLong) {
+    count_kernel(
+        topk_ids.const_data_ptr<int64_t>(), mask, topk_ids.size(0), topk_ids.size(1), E,
+        counts.data());
+  } else {
+    count_kernel(
+        topk_ids.const_data_ptr<int32_t>(), mask, topk_ids.size(0), topk_ids.size(1), E,
+        counts.data());
+  }
+  return counts;
+}
+
+std::tuple<at::Tensor, at::Tensor> load_balancing_loss_forward(
+    const at::Tensor& router_probs, const at::Tensor& topk_ids,
+    const std::optional<at::Tensor>& token_mask, bool normalize_by_topk) {
+  check_load_balancing_loss(router_probs, topk_ids, token_mask);
+  const int64_t T = router_probs.size(0), E = router_probs.size(1), K = topk_ids.size(1);
+  const at::Tensor probs = router_probs.to(compute_dtype(router_probs.scalar_type())).contiguous();
+  const at::Tensor mask_tensor = contiguous_mask(token_mask);
+  const bool* mask = data_or_null(mask_tensor);
+  const std::vector<int64_t> counts = count_experts(topk_ids, mask, E);
+  const double num_tokens = static_cast<double>(count_unmasked(mask, T));
+  auto outputs = empty_load_balancing_loss_outputs(router_probs);
+  MOE_DISPATCH_COMPUTE(probs.scalar_type(), "load_balancing_loss", [&] {
+    const scalar_t* p = probs.const_data_ptr<scalar_t>();
+    scalar_t* grad_row = std::get<1>(outputs).mutable_data_ptr<scalar_t>();
+    for (int64_t e = 0; e < E; ++e) {
+      const double choices = num_tokens * (normalize_by_topk ? K : 1);
+      grad_row[e] =
+          num_tokens > 0
+              ? static_cast<scalar_t>(static_cast<double>(E) * counts[e] / choices / num_tokens)
+              : scalar_t(0);
+    }
+    // loss = sum_t <grad_row, probs[t]>
+    const double loss = sum_over_tokens(T, mask, [&](int64_t t) {
+      double dot = 0;
+      for (int64_t e = 0; e < E; ++e) dot += static_cast<double>(grad_row[e]) * p[t * E + e];
+      return dot;
+    });
+    *std::get<0>(outputs).mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(loss);
+  });
+  return outputs;
+}
+
+at::Tensor load_balancing_loss(
+    const at::Tensor& router_probs, const at::Tensor& topk_ids,
+    const std::optional<at::Tensor>& token_mask, bool normalize_by_topk) {
+  return std::get<0>(
+      load_balancing_loss_forward(router_probs, topk_ids, token_mask, normalize_by_topk));
+}
+
+at::Tensor load_balancing_loss_backward(
+    const at::Tensor& grad_loss, const at::Tensor& grad_row_, const at::Tensor& topk_ids,
+    const std::optional<at::Tensor>& token_mask) {
+  check_load_balancing_loss_backward(grad_loss, grad_row_, topk_ids, token_mask);
+  const at::Tensor grad_row = grad_row_.contiguous();
+  const at::Tensor mask_tensor = contiguous_mask(token_mask);
+  const bool* mask = data_or_null(mask_tensor);
+  const at::Tensor grad_probs = empty_grad_router_probs(grad_row, topk_ids);
+  const int64_t E = grad_row.size(0);
+  MOE_DISPATCH_COMPUTE(grad_row.scalar_type(), "load_balancing_loss_backward", [&] {
+    const scalar_t g = *grad_loss.const_data_ptr<scalar_t>();
+    const scalar_t* row = grad_row.const_data_ptr<scalar_t>();
+    scalar_t* out = grad_probs.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, topk_ids.size(0), kTokensPerBlock, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const bool counts = !mask || mask[t];
+        for (int64_t e = 0; e < E; ++e) out[t * E + e] = counts ? g * row[e] : scalar_t(0);
+      }
+    });
+  });
+  return grad_probs;
+}
+
+at::Tensor router_z_loss(
+    const at::Tensor& router_logits, const std::optional<at::Tensor>& token_mask) {
+  check_router_z_loss(router_logits, token_mask);
+  const int64_t T = router_logits.size(0), E = router_logits.size(1);
+  const at::Tensor logits =
+      router_logits.to(compute_dtype(router_logits.scalar_type())).contiguous();
+  const at::Tensor mask_tensor = contiguous_mask(token_mask);
+  const bool* mask = data_or_null(mask_tensor);
+  const at::Tensor out = empty_router_z_loss(router_logits);
+  MOE_DISPATCH_COMPUTE(logits.scalar_type(), "router_z_loss", [&] {
+    const scalar_t* z = logits.const_data_ptr<scalar_t>();
+    const double sum = sum_over_tokens(T, mask, [&](int64_t t) {
+      const double lse = log_sum_exp(z + t * E, E);
+      return lse * lse;
+    });
+    const int64_t num_tokens = count_unmasked(mask, T);
+    *out.mutable_data_ptr<scalar_t>() =
+        static_cast<scalar_t>(num_tokens > 0 ? sum / static_cast<double>(num_tokens) : 0.0);
+  });
+  return out;
+}
+
+at::Tensor router_z_loss_backward(
+    const at::Tensor& grad_loss, const at::Tensor& router_logits,
+    const std::optional<at::Tensor>& token_mask) {
+  check_router_z_loss_backward(grad_loss, router_logits, token_mask);
+  const at::ScalarType dtype = compute_dtype(router_logits.scalar_type());
+  const at::Tensor logits = router_logits.to(dtype).contiguous();
+  const at::Tensor mask_tensor = contiguous_mask(token_mask);
+  const bool* mask = data_or_null(mask_tensor);
+  const int64_t num_tokens = count_unmasked(mask, logits.size(0));
+  const at::Tensor grad_logits = at::empty_like(logits);
+  MOE_DISPATCH_COMPUTE(dtype, "router_z_loss_backward", [&] {
+    const scalar_t g = grad_loss.to(dtype).item<scalar_t>();
+    z_loss_backward_kernel(
+        logits.const_data_ptr<scalar_t>(), mask, logits.size(0), logits.size(1),
+        num_tokens > 0 ? g / static_cast<scalar_t>(num_tokens) : scalar_t(0),
+        grad_logits.mutable_data_ptr<scalar_t>());
+  });
+  return grad_logits.to(router_logits.scalar_type());
+}
+
+at::Tensor tokens_per_expert(const at::Tensor& topk_ids, int64_t num_experts) {
+  check_tokens_per_expert(topk_ids, num_experts);
+  const at::Tensor out = empty_tokens_per_expert(topk_ids, num_experts);
+  const std::vector<int64_t> counts = count_experts(topk_ids, nullptr, num_experts);
+  std::copy(counts.begin(), counts.end(), out.mutable_data_ptr<int64_t>());
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
+  m.impl("load_balancing_loss", load_balancing_loss);
+  m.impl("_load_balancing_loss_forward", load_balancing_loss_forward);
+  m.impl("_load_balancing_loss_backward", load_balancing_loss_backward);
+  m.impl("router_z_loss", router_z_loss);
+  m.impl("_router_z_loss_backward", router_z_loss_backward);
+  m.impl("_tokens_per_expert", tokens_per_expert);
+}
+
+}  // namespace moe_ext::cpu

@@ -1,0 +1,77 @@
+// Where every slot (t, k) goes: a stable counting sort of the slots by expert.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/full.h>
+
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "common/score_function.h"
+#include "ops/permute.h"
+
+namespace moe_ext::cpu {
+
+template <class Id>
+void plan_kernel(
+    const char* op, const Id* ids, int64_t num_slots, int64_t num_experts, int32_t* row_map,
+    int32_t* expert_offsets) {
+  std::vector<int64_t> next(num_experts, 0);
+  for (int64_t slot = 0; slot < num_slots; ++slot) {
+    TORCH_CHECK_INDEX(ids[slot] >= -1, op, ": topk_ids must be >= -1, got ", ids[slot]);
+    if (is_valid(ids[slot], num_experts)) ++next[ids[slot]];
+  }
+  int64_t offset = 0;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    expert_offsets[e] = static_cast<int32_t>(offset);
+    offset += std::exchange(next[e], offset);
+  }
+  expert_offsets[num_experts] = static_cast<int32_t>(offset);
+  for (int64_t slot = 0; slot < num_slots; ++slot) {
+    const Id id = ids[slot];
+    row_map[slot] = is_valid(id, num_experts) ? static_cast<int32_t>(next[id]++) : -1;
+  }
+}
+
+// row_map [T, K] and expert_offsets [E + 1] of topk_ids [T, K].
+inline std::tuple<at::Tensor, at::Tensor> make_plan(
+    const char* op, const at::Tensor& topk_ids_, int64_t num_experts) {
+  const at::Tensor topk_ids = topk_ids_.contiguous();
+  TORCH_CHECK(
+      topk_ids.numel() <= std::numeric_limits<int32_t>::max(), op,
+      ": topk_ids must have fewer than 2^31 slots, got ", topk_ids.numel());
+  auto plan = empty_plan(topk_ids, num_experts);
+  const auto run = [&](const auto* ids) {
+    plan_kernel(
+        op, ids, topk_ids.numel(), num_experts, std::get<0>(plan).mutable_data_ptr<int32_t>(),
+        std::get<1>(plan).mutable_data_ptr<int32_t>());
+  };
+  if (topk_ids.scalar_type() == at::kLong) {
+    run(topk_ids.const_data_ptr<int64_t>());
+  } else {
+    run(topk_ids.const_data_ptr<int32_t>());
+  }
+  return plan;
+}
+
+// The slot (flat index into row_map [T, K]) of every row, [N] int32; -1 where no slot has the row.
+inline at::Tensor invert_row_map(const char* op, const at::Tensor& row_map_, int64_t num_rows) {
+  const at::Tensor row_map = row_map_.contiguous();
+  const at::Tensor slot_of_row = at::full({num_rows}, -1, row_map.options());
+  const int32_t* rows = row_map.const_data_ptr<int32_t>();
+  int32_t* slots = slot_of_row.mutable_data_ptr<int32_t>();
+  for (int64_t slot = 0; slot < row_map.numel(); ++slot) {
+    const int32_t row = rows[slot];
+    if (row == -1) continue;
+    TORCH_CHECK_INDEX(
+        row >= 0 && row < num_rows, op, ": row_map must be -1 or in [0, N=", num_rows, "), got ",
+        row);
+    TORCH_CHECK_INDEX(
+        slots[row] == -1, op, ": row_map must name a row once at most, got row ", row, " twice");
+    slots[row] = static_cast<int32_t>(slot);
+  }
+  return slot_of_row;
+}
+
+}  // namespace moe_ext::cpu

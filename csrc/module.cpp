@@ -1,0 +1,30 @@
+// moe_ext._C: importing it runs the operators' registrations. It exposes facts of the build and
+// never a tensor; tensors go through the dispatcher.
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+#ifdef MOE_EXT_WITH_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of moe_ext; the operators are in torch.ops.moe_ext.";
+  m.def("build_info", &build_info, "What this extension was built with.");
+}

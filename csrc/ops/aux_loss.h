@@ -1,0 +1,102 @@
+// The balance losses, in fp32 (fp64 for fp64 input), and the counts they rest on.
+//
+// load_balancing_loss: E sum_e f_e P_e, with f_e the share of the T' K choices that went to e (no
+// gradient), P_e the mean over T' tokens of router_probs[:, e], T' the number of unmasked tokens;
+// K times that with normalize_by_topk=False. 1 at balance; 0 if T' = 0. Skipped ids (-1 or >= E)
+// are left out of f's numerator only.
+//
+//   router_probs  [T, E]  float
+//   topk_ids      [T, K]  int64 or int32
+//   token_mask    [T]     bool or none: False tokens count nowhere
+//   grad_row      [E]     the loss's gradient by router_probs, the same row for every token
+//
+// router_z_loss: mean over T' tokens of logsumexp(logits_t)^2.
+//
+// _tokens_per_expert: how many of topk_ids [T, K] name each expert, [E] int64.
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include <tuple>
+
+#include "ops/checks.h"
+
+namespace moe_ext {
+
+inline void check_token_mask(
+    const char* op, const std::optional<at::Tensor>& token_mask, const at::Tensor& like) {
+  if (!token_mask) return;
+  check_dtype(op, "token_mask", *token_mask, at::kBool);
+  check_shape(op, "token_mask", *token_mask, {{"T", like.sym_size(0)}});
+  check_device(op, "token_mask", *token_mask, like.device());
+}
+
+inline void check_load_balancing_loss(
+    const at::Tensor& router_probs, const at::Tensor& topk_ids,
+    const std::optional<at::Tensor>& token_mask) {
+  constexpr const char* op = "load_balancing_loss";
+  check_float(op, "router_probs", router_probs);
+  check_shape(op, "router_probs", router_probs, {{"T"}, {"E"}});
+  check_positive(op, "router_probs", "E", router_probs.sym_size(1));
+  check_ids_dtype(op, "topk_ids", topk_ids);
+  check_shape(op, "topk_ids", topk_ids, {{"T", router_probs.sym_size(0)}, {"K"}});
+  check_positive(op, "topk_ids", "K", topk_ids.sym_size(1));
+  check_device(op, "topk_ids", topk_ids, router_probs.device());
+  check_token_mask(op, token_mask, router_probs);
+}
+
+inline std::tuple<at::Tensor, at::Tensor> empty_load_balancing_loss_outputs(
+    const at::Tensor& router_probs) {
+  const auto options = router_probs.options().dtype(compute_dtype(router_probs.scalar_type()));
+  return {at::empty({}, options), at::empty_symint({router_probs.sym_size(1)}, options)};
+}
+
+inline void check_load_balancing_loss_backward(
+    const at::Tensor& grad_loss, const at::Tensor& grad_row, const at::Tensor& topk_ids,
+    const std::optional<at::Tensor>& token_mask) {
+  constexpr const char* op = "_load_balancing_loss_backward";
+  check_operand(op, "grad_loss", grad_loss, grad_row, {});
+  check_shape(op, "grad_row", grad_row, {{"E"}});
+  check_shape(op, "topk_ids", topk_ids, {{"T"}, {"K"}});
+  check_device(op, "topk_ids", topk_ids, grad_row.device());
+  check_token_mask(op, token_mask, topk_ids);
+}
+
+inline at::Tensor empty_grad_router_probs(const at::Tensor& grad_row, const at::Tensor& topk_ids) {
+  return at::empty_symint({topk_ids.sym_size(0), grad_row.sym_size(0)}, grad_row.options());
+}
+
+inline void check_router_z_loss(
+    const at::Tensor& router_logits, const std::optional<at::Tensor>& token_mask) {
+  constexpr const char* op = "router_z_loss";
+  check_float(op, "router_logits", router_logits);
+  check_shape(op, "router_logits", router_logits, {{"T"}, {"E"}});
+  check_positive(op, "router_logits", "E", router_logits.sym_size(1));
+  check_token_mask(op, token_mask, router_logits);
+}
+
+inline at::Tensor empty_router_z_loss(const at::Tensor& router_logits) {
+  return at::empty({}, router_logits.options().dtype(compute_dtype(router_logits.scalar_type())));
+}
+
+inline void check_router_z_loss_backward(
+    const at::Tensor& grad_loss, const at::Tensor& router_logits,
+    const std::optional<at::Tensor>& token_mask) {
+  check_router_z_loss(router_logits, token_mask);
+  check_shape("_router_z_loss_backward", "grad_loss", grad_loss, {});
+  check_device("_router_z_loss_backward", "grad_loss", grad_loss, router_logits.device());
+}
+
+inline void check_tokens_per_expert(const at::Tensor& topk_ids, const c10::SymInt& num_experts) {
+  constexpr const char* op = "_tokens_per_expert";
+  check_ids_dtype(op, "topk_ids", topk_ids);
+  check_shape(op, "topk_ids", topk_ids, {{"T"}, {"K"}});
+  TORCH_SYM_CHECK(num_experts.sym_gt(0), op, ": num_experts must be >= 1, got ", num_experts);
+}
+
+inline at::Tensor empty_tokens_per_expert(
+    const at::Tensor& topk_ids, const c10::SymInt& num_experts) {
+  return at::empty_symint({num_experts}, topk_ids.options().dtype(at::kLong));
+}
+
+}  // namespace moe_ext

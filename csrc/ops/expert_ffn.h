@@ -1,0 +1,145 @@
+// expert_ffn: down(act(gate(x)) * up(x)) of each row's expert, over rows grouped by expert.
+//
+//   rows            [N, H]       float
+//   expert_offsets  [E + 1]      int32, ascending from 0, the last at most N
+//   gate_up_proj    [E, 2I, H]   rows' dtype; 0..I-1 gate, I..2I-1 up; [E, I, H] if not gated
+//   down_proj       [E, H, I]    rows' dtype
+//   gate_up_bias    [E, 2I]      rows' dtype or none; [E, I] if not gated
+//   down_bias       [E, H]       rows' dtype or none
+//   row_weights     [N]          float or none; multiply the finished row, bias included
+//   out             [N, H]       rows' dtype; rows at or past expert_offsets[E] are zeros
+//   hidden          [N, 2I]      rows' dtype: the pre-activation, [N, I] if not gated; none unless
+//                                asked for; rows at or past expert_offsets[E] are undefined
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include <array>
+
+#include "ops/activation.h"
+#include "ops/checks.h"
+#include "ops/grouped_linear.h"
+
+namespace moe_ext {
+
+// The experts' weights; one bundle for both operators, both directions.
+struct ExpertWeights {
+  at::Tensor gate_up_proj;
+  at::Tensor down_proj;
+  std::optional<at::Tensor> gate_up_bias;
+  std::optional<at::Tensor> down_bias;
+};
+
+inline void check_expert_weights(
+    const char* op, const at::Tensor& tokens, const ExpertWeights& weights, bool gated) {
+  const c10::SymInt H = tokens.sym_size(1);
+  const char* width_letter = gated ? "2I" : "I";
+  check_operand(
+      op, "gate_up_proj", weights.gate_up_proj, tokens, {{"E"}, {width_letter}, {"H", H}});
+  const c10::SymInt E = weights.gate_up_proj.sym_size(0);
+  const c10::SymInt width = weights.gate_up_proj.sym_size(1);
+  check_positive(op, "gate_up_proj", "E", E);
+  check_positive(op, "gate_up_proj", width_letter, width);
+  check_positive(op, "gate_up_proj", "H", H);
+  if (gated) {
+    TORCH_SYM_CHECK(
+        (width % 2).sym_eq(0), op, ": gate_up_proj must be [E, 2I, H] with an even 2I, got ",
+        weights.gate_up_proj.sym_sizes());
+  }
+  check_operand(
+      op, "down_proj", weights.down_proj, tokens,
+      {{"E", E}, {"H", H}, {"I", gated ? width / 2 : width}});
+  if (weights.gate_up_bias) {
+    check_operand(
+        op, "gate_up_bias", *weights.gate_up_bias, tokens, {{"E", E}, {width_letter, width}});
+  }
+  if (weights.down_bias) {
+    check_operand(op, "down_bias", *weights.down_bias, tokens, {{"E", E}, {"H", H}});
+  }
+}
+
+inline bool parse_recompute(const char* op, c10::string_view recompute) {
+  TORCH_CHECK_VALUE(
+      recompute == "activation" || recompute == "hidden", op,
+      ": recompute must be activation or hidden, got ", recompute);
+  return recompute == "hidden";
+}
+
+inline Activation check_expert_ffn(
+    const at::Tensor& rows, const at::Tensor& expert_offsets, const ExpertWeights& weights,
+    const std::optional<at::Tensor>& row_weights, c10::string_view activation, bool gated) {
+  constexpr const char* op = "expert_ffn";
+  check_float(op, "rows", rows);
+  check_shape(op, "rows", rows, {{"N"}, {"H"}});
+  check_expert_weights(op, rows, weights, gated);
+  check_offsets(op, expert_offsets, weights.gate_up_proj.sym_size(0), rows.device());
+  if (row_weights) {
+    check_float(op, "row_weights", *row_weights);
+    check_shape(op, "row_weights", *row_weights, {{"N", rows.sym_size(0)}});
+    check_device(op, "row_weights", *row_weights, rows.device());
+  }
+  return parse_activation(op, activation, gated);
+}
+
+inline at::Tensor empty_hidden(
+    const at::Tensor& tokens, const c10::SymInt& num_rows, const at::Tensor& gate_up_proj) {
+  return at::empty_symint({num_rows, gate_up_proj.sym_size(1)}, tokens.options());
+}
+
+// Gradients of (tokens, weights, gate_up_proj, down_proj, gate_up_bias, down_bias).
+using ExpertFfnGrads =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+inline Activation check_expert_ffn_backward(
+    const at::Tensor& grad_out, const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
+    const std::optional<at::Tensor>& row_map, const at::Tensor& expert_offsets,
+    const std::optional<at::Tensor>& hidden, const ExpertWeights& experts,
+    c10::string_view activation, bool gated) {
+  constexpr const char* op = "_expert_ffn_backward";
+  check_float(op, "tokens", tokens);
+  check_shape(op, "tokens", tokens, {{"T"}, {"H"}});
+  const c10::SymInt T = tokens.sym_size(0);
+  check_operand(op, "grad_out", grad_out, tokens, {{"T", T}, {"H", tokens.sym_size(1)}});
+  check_expert_weights(op, tokens, experts, gated);
+  check_offsets(op, expert_offsets, experts.gate_up_proj.sym_size(0), tokens.device());
+  c10::SymInt num_rows = T;
+  if (row_map) {
+    check_dtype(op, "row_map", *row_map, at::kInt);
+    check_shape(op, "row_map", *row_map, {{"T", T}, {"K"}});
+    check_device(op, "row_map", *row_map, tokens.device());
+    TORCH_CHECK(weights, op, ": weights must be given with row_map, got None");
+    check_shape(op, "weights", *weights, {{"T", T}, {"K", row_map->sym_size(1)}});
+    num_rows = T * row_map->sym_size(1);
+  } else if (weights) {
+    check_shape(op, "weights", *weights, {{"N", T}});
+  }
+  if (weights) {
+    check_float(op, "weights", *weights);
+    check_device(op, "weights", *weights, tokens.device());
+  }
+  if (hidden) {
+    check_operand(
+        op, "hidden", *hidden, tokens,
+        {{"N", num_rows}, {gated ? "2I" : "I", experts.gate_up_proj.sym_size(1)}});
+  }
+  return parse_activation(op, activation, gated);
+}
+
+// Contiguous gradients of what `mask` asks for; the others stay undefined.
+inline ExpertFfnGrads empty_expert_ffn_grads(
+    const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
+    const ExpertWeights& experts, const std::array<bool, 6>& mask) {
+  const auto like = [](bool wanted, const std::optional<at::Tensor>& tensor) {
+    return wanted && tensor ? at::empty_symint(tensor->sym_sizes(), tensor->options())
+                            : at::Tensor();
+  };
+  return {
+      like(mask[0], tokens),
+      like(mask[1], weights),
+      like(mask[2], experts.gate_up_proj),
+      like(mask[3], experts.down_proj),
+      like(mask[4], experts.gate_up_bias),
+      like(mask[5], experts.down_bias)};
+}
+
+}  // namespace moe_ext

@@ -1,0 +1,100 @@
+// Every operator of the library, on one screen. A leading underscore marks an operator that is
+// callable but no part of the public API: backward operators, and the forward operators that also
+// return what backward needs. A result that was not asked for (see output_mask) is None.
+#include <torch/library.h>
+
+TORCH_LIBRARY(moe_ext, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+
+  m.def("_router_logits(Tensor tokens, Tensor weight) -> Tensor", tags);
+  m.def(
+      "_router_logits_backward(Tensor grad_logits, Tensor tokens, Tensor weight, "
+      "bool[2] output_mask) -> (Tensor grad_tokens, Tensor grad_weight)",
+      tags);
+
+  m.def(
+      "topk_router(Tensor router_logits, SymInt top_k, *, str score_function=\"softmax\", "
+      "bool renormalize=True, float scaling_factor=1.0, Tensor? expert_bias=None, "
+      "int num_groups=1, int topk_groups=1) "
+      "-> (Tensor topk_weights, Tensor topk_ids, Tensor router_probs)",
+      tags);
+  m.def(
+      "_router_weights(Tensor router_logits, Tensor topk_ids, *, str score_function, "
+      "bool renormalize, float scaling_factor) -> (Tensor topk_weights, Tensor router_probs)",
+      tags);
+  m.def(
+      "_router_weights_backward(Tensor? grad_weights, Tensor? grad_probs, Tensor router_logits, "
+      "Tensor topk_ids, *, str score_function, bool renormalize, float scaling_factor) -> Tensor",
+      tags);
+
+  m.def(
+      "load_balancing_loss(Tensor router_probs, Tensor topk_ids, *, Tensor? token_mask=None, "
+      "bool normalize_by_topk=True) -> Tensor",
+      tags);
+  m.def(
+      "_load_balancing_loss_forward(Tensor router_probs, Tensor topk_ids, Tensor? token_mask, "
+      "bool normalize_by_topk) -> (Tensor loss, Tensor grad_row)",
+      tags);
+  m.def(
+      "_load_balancing_loss_backward(Tensor grad_loss, Tensor grad_row, Tensor topk_ids, "
+      "Tensor? token_mask) -> Tensor",
+      tags);
+  m.def("router_z_loss(Tensor router_logits, *, Tensor? token_mask=None) -> Tensor", tags);
+  m.def(
+      "_router_z_loss_backward(Tensor grad_loss, Tensor router_logits, Tensor? token_mask) "
+      "-> Tensor",
+      tags);
+  m.def("_tokens_per_expert(Tensor topk_ids, SymInt num_experts) -> Tensor", tags);
+
+  m.def(
+      "permute(Tensor tokens, Tensor topk_ids, SymInt num_experts) "
+      "-> (Tensor permuted_tokens, Tensor row_map, Tensor expert_offsets)",
+      tags);
+  m.def("_permute_backward(Tensor grad_permuted, Tensor row_map) -> Tensor", tags);
+  m.def("unpermute(Tensor rows, Tensor row_map, Tensor? topk_weights=None) -> Tensor", tags);
+  m.def(
+      "_unpermute_backward(Tensor grad_out, Tensor rows, Tensor row_map, Tensor? topk_weights, "
+      "bool[2] output_mask) -> (Tensor grad_rows, Tensor grad_topk_weights)",
+      tags);
+
+  m.def(
+      "_grouped_linear(Tensor rows, Tensor expert_offsets, Tensor weight, Tensor? bias=None) "
+      "-> Tensor",
+      tags);
+  m.def(
+      "_grouped_linear_backward(Tensor grad_out, Tensor rows, Tensor expert_offsets, "
+      "Tensor weight, bool[3] output_mask) "
+      "-> (Tensor grad_rows, Tensor grad_weight, Tensor grad_bias)",
+      tags);
+
+  m.def(
+      "expert_ffn(Tensor rows, Tensor expert_offsets, Tensor gate_up_proj, Tensor down_proj, *, "
+      "Tensor? gate_up_bias=None, Tensor? down_bias=None, Tensor? row_weights=None, "
+      "str activation=\"silu\", bool gated=True, str recompute=\"activation\") -> Tensor",
+      tags);
+  m.def(
+      "_expert_ffn_forward(Tensor rows, Tensor expert_offsets, Tensor gate_up_proj, "
+      "Tensor down_proj, Tensor? gate_up_bias, Tensor? down_bias, Tensor? row_weights, "
+      "str activation, bool gated, bool save_hidden) -> (Tensor out, Tensor hidden)",
+      tags);
+  m.def(
+      "moe_ffn(Tensor tokens, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, "
+      "Tensor down_proj, *, Tensor? gate_up_bias=None, Tensor? down_bias=None, "
+      "str activation=\"silu\", bool gated=True, str recompute=\"activation\") -> Tensor",
+      tags);
+  m.def(
+      "_moe_ffn_forward(Tensor tokens, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, "
+      "Tensor down_proj, Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, "
+      "bool save_hidden) -> (Tensor out, Tensor hidden, Tensor row_map, Tensor expert_offsets)",
+      tags);
+  // Backward of both: with row_map [T, K] of moe_ffn (tokens [T, H], weights [T, K]), without it
+  // of expert_ffn (tokens are the rows [N, H], weights [N] or None).
+  m.def(
+      "_expert_ffn_backward(Tensor grad_out, Tensor tokens, Tensor? weights, Tensor? row_map, "
+      "Tensor expert_offsets, Tensor? hidden, Tensor gate_up_proj, Tensor down_proj, "
+      "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, "
+      "bool[6] output_mask) -> (Tensor grad_tokens, Tensor grad_weights, "
+      "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, "
+      "Tensor grad_down_bias)",
+      tags);
+}

@@ -1,0 +1,73 @@
+"""moe_ext: Mixture-of-Experts layers for PyTorch, on custom C++ operators.
+
+The layer is `MoE`; the operators are functions of this module and of `torch.ops.moe_ext`.
+Letters in the docstrings: T tokens, H hidden size, I intermediate size, E experts, K experts per
+token, N = T K routed rows.
+"""
+
+import torch
+
+from moe_ext._version import __version__
+
+_REBUILD = (
+    "Rebuild it against the torch that is installed: `pip install .` in the project's folder "
+    "(or `pip install --no-build-isolation .`)."
+)
+
+try:
+    from moe_ext import _C
+except ImportError as error:
+    raise ImportError(
+        f"moe_ext: its compiled part cannot be loaded with torch {torch.__version__} ({error}). "
+        "Either it was built for another torch, or the source folder shadows the installed "
+        f"package (run from another folder, or install with -e). {_REBUILD}"
+    ) from error
+
+
+def _check_torch(built: str, running: str) -> None:
+    """Raises ImportError unless both torch versions have the same major.minor."""
+    if built.split(".")[:2] != running.split(".")[:2]:
+        raise ImportError(
+            f"moe_ext: it was built for torch {built}, but torch {running} is running. {_REBUILD}"
+        )
+
+
+_check_torch(_C.build_info()["torch"], torch.__version__)
+
+from moe_ext import _flops, reference  # noqa: E402, F401
+from moe_ext.layers import GroupedExperts, MoE, MoEConfig, total_aux_loss  # noqa: E402
+from moe_ext.ops import (  # noqa: E402
+    expert_ffn,
+    load_balancing_loss,
+    moe_ffn,
+    permute,
+    router_z_loss,
+    topk_router,
+    unpermute,
+)
+from moe_ext.routers import RouterOutput, TopKRouter  # noqa: E402
+
+
+def build_info() -> dict[str, object]:
+    """What the compiled part was built with: `torch`, `compiler`, `cuda`, `openmp`."""
+    return _C.build_info()
+
+
+__all__ = [
+    "GroupedExperts",
+    "MoE",
+    "MoEConfig",
+    "RouterOutput",
+    "TopKRouter",
+    "__version__",
+    "build_info",
+    "expert_ffn",
+    "load_balancing_loss",
+    "moe_ffn",
+    "permute",
+    "reference",
+    "router_z_loss",
+    "topk_router",
+    "total_aux_loss",
+    "unpermute",
+]

@@ -1,0 +1,481 @@
+"""The Mixture-of-Experts layer: thin modules over the operators."""
+
+import dataclasses
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_ext import ops
+from moe_ext.routers import TopKRouter
+
+
+class GroupedExperts(nn.Module):
+    """E feed-forward experts with stacked weights, in Hugging Face's layout.
+
+    Args:
+        num_experts, hidden_size, intermediate_size: E, H, I.
+        activation, gated, recompute: see `moe_ext.expert_ffn`.
+        bias: on both projections.
+        init_std: standard deviation of the projections at initialization; biases start at zero.
+
+    Parameters: gate_up_proj [E, 2I, H] (rows 0..I-1 gate, I..2I-1 up) or, not gated, up_proj
+    [E, I, H]; down_proj [E, H, I]; with bias gate_up_proj_bias [E, 2I] or up_proj_bias [E, I], and
+    down_proj_bias [E, H].
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        recompute: str = "activation",
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gated = gated
+        self.recompute = recompute
+        self.init_std = init_std
+        width = 2 * intermediate_size if gated else intermediate_size
+        self._up_name = "gate_up_proj" if gated else "up_proj"
+        shapes = {
+            self._up_name: (num_experts, width, hidden_size),
+            "down_proj": (num_experts, hidden_size, intermediate_size),
+        }
+        if bias:
+            shapes[f"{self._up_name}_bias"] = (num_experts, width)
+            shapes["down_proj_bias"] = (num_experts, hidden_size)
+        for name, shape in shapes.items():
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            )
+        self.reset_parameters()
+        # The operator knows the rules for the options; a run on no tokens applies them now.
+        on_meta = {name: parameter.to("meta") for name, parameter in self.named_parameters()}
+        tokens = self.down_proj.new_empty(0, hidden_size, device="meta")
+        slots = tokens.new_empty(0, 1)
+        torch.func.functional_call(self, on_meta, (tokens, slots, slots.long()))
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation init_std; zero biases."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("_bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=self.init_std)
+
+    def forward(self, tokens: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """tokens [T, H], topk_weights [T, K], topk_ids [T, K] -> [T, H]: `moe_ext.moe_ffn`."""
+        return ops.moe_ffn(
+            tokens,
+            topk_weights,
+            topk_ids,
+            getattr(self, self._up_name),
+            self.down_proj,
+            gate_up_bias=getattr(self, f"{self._up_name}_bias", None),
+            down_bias=getattr(self, "down_proj_bias", None),
+            activation=self.activation,
+            gated=self.gated,
+            recompute=self.recompute,
+        )
+
+
+class SharedExpert(nn.Module):
+    """One expert that sees every token with weight 1; no biases.
+
+    Parameters: gate_up_proj [2I, H] or, not gated, up_proj [I, H]; down_proj [H, I].
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str,
+        gated: bool,
+        recompute: str,
+        init_std: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gated = gated
+        self.recompute = recompute
+        self.init_std = init_std
+        width = 2 * intermediate_size if gated else intermediate_size
+        self._up_name = "gate_up_proj" if gated else "up_proj"
+        up = torch.empty(width, hidden_size, device=device, dtype=dtype)
+        down = torch.empty(hidden_size, intermediate_size, device=device, dtype=dtype)
+        self.register_parameter(self._up_name, nn.Parameter(up))
+        self.down_proj = nn.Parameter(down)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation init_std."""
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=self.init_std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [T, H] -> [T, H]: moe_ffn with one expert, for its small activation memory."""
+        slots = tokens.new_ones(tokens.shape[0], 1)
+        return ops.moe_ffn(
+            tokens,
+            slots,
+            torch.zeros_like(slots, dtype=torch.int64),
+            getattr(self, self._up_name).unsqueeze(0),
+            self.down_proj.unsqueeze(0),
+            activation=self.activation,
+            gated=self.gated,
+            recompute=self.recompute,
+        )
+
+
+@dataclasses.dataclass(kw_only=True)
+class MoEConfig:
+    """The arguments of `MoE`, for `MoE.from_config`."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    activation: str = "silu"
+    gated: bool = True
+    bias: bool = False
+    router: nn.Module | None = None
+    score_function: str = "softmax"
+    renormalize: bool = True
+    scaling_factor: float = 1.0
+    temperature: float = 1.0
+    jitter: float = 0.0
+    num_groups: int = 1
+    topk_groups: int = 1
+    balance: str = "aux_loss"
+    aux_loss_coef: float = 0.01
+    z_loss_coef: float = 0.0
+    bias_update_rate: float = 1e-3
+    inject_aux_loss: bool = False
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    min_capacity: int = 4
+    drop_policy: str = "probs"
+    tile_size: int | None = None
+    rounding: str = "nearest"
+    shared_intermediate_size: int = 0
+    recompute: str = "activation"
+    init_std: float = 0.02
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+
+class MoEStats(NamedTuple):
+    """What the last forward did: tokens_per_expert [E] int64, dropped (scalar int64)."""
+
+    tokens_per_expert: Tensor
+    dropped: Tensor
+
+
+class _InjectGradient(torch.autograd.Function):
+    """Passes y on; in backward the loss receives the gradient 1."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, loss: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones((), device=grad.device)
+
+
+def _in_backward() -> bool:
+    """Whether this forward is a recomputation inside a running backward (checkpointing)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _need(condition: bool, argument: str, must_be: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"MoE: {argument} must be {must_be}, got {got!r}")
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer: a drop-in for a dense feed-forward network.
+
+    Args:
+        hidden_size, intermediate_size, num_experts, top_k: H, I, E, K.
+        activation, gated: see `moe_ext.expert_ffn`.
+        bias: on both projections of the experts.
+        router: a module tokens [T, H], topk_ids=None -> RouterOutput; None: a `TopKRouter` of
+            the arguments up to topk_groups.
+        score_function, renormalize, scaling_factor, temperature, jitter, num_groups, topk_groups:
+            see `TopKRouter`.
+        balance: "aux_loss": the load-balancing loss with coefficient aux_loss_coef; "none":
+            without; "bias" is not available yet, nor is bias_update_rate, which goes with it.
+        aux_loss_coef, z_loss_coef: coefficients of `moe_ext.load_balancing_loss` (with balance=
+            "aux_loss") and `moe_ext.router_z_loss`.
+        inject_aux_loss: add the losses' gradient in backward, unscaled, for training scripts that
+            can't be changed. A script that scales its loss (GradScaler, division by the number of
+            micro-batches) does not scale these gradients; take the loss yourself there.
+        capacity_factor, eval_capacity_factor, min_capacity, drop_policy: dropping over a capacity;
+            None is dropless, others are not available yet.
+        tile_size, rounding: token rounding; None is off, others are not available yet.
+        shared_intermediate_size: size of a shared expert that is added for every token; 0: none.
+        recompute: what backward recomputes: "activation" keeps x and the pre-activation, "hidden"
+            only x.
+        init_std: standard deviation of all weights at initialization.
+
+    Raises:
+        ValueError for options, RuntimeError for shapes and dtypes, NotImplementedError for what
+        is not available yet.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        router: nn.Module | None = None,
+        score_function: str = "softmax",
+        renormalize: bool = True,
+        scaling_factor: float = 1.0,
+        temperature: float = 1.0,
+        jitter: float = 0.0,
+        num_groups: int = 1,
+        topk_groups: int = 1,
+        balance: str = "aux_loss",
+        aux_loss_coef: float = 0.01,
+        z_loss_coef: float = 0.0,
+        bias_update_rate: float = 1e-3,
+        inject_aux_loss: bool = False,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        min_capacity: int = 4,
+        drop_policy: str = "probs",
+        tile_size: int | None = None,
+        rounding: str = "nearest",
+        shared_intermediate_size: int = 0,
+        recompute: str = "activation",
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in {
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_experts": num_experts,
+        }.items():
+            _need(size >= 1, name, ">= 1", size)
+        _need(1 <= top_k <= num_experts, "top_k", f"in [1, num_experts={num_experts}]", top_k)
+        _need(
+            balance in ("aux_loss", "bias", "none"), "balance", "aux_loss, bias or none", balance
+        )
+        _need(aux_loss_coef >= 0, "aux_loss_coef", ">= 0", aux_loss_coef)
+        _need(z_loss_coef >= 0, "z_loss_coef", ">= 0", z_loss_coef)
+        _need(shared_intermediate_size >= 0, "shared_intermediate_size", ">= 0",
+              shared_intermediate_size)
+        _need(min_capacity >= 1, "min_capacity", ">= 1", min_capacity)
+        _need(drop_policy in ("probs", "position"), "drop_policy", "probs or position", drop_policy)
+        roundings = ("nearest", "up", "down", "stochastic", "balanced")
+        _need(rounding in roundings, "rounding", f"one of {', '.join(roundings)}", rounding)
+        for name, wanted in {
+            "balance='bias'": balance == "bias",
+            "capacity_factor": capacity_factor is not None,
+            "eval_capacity_factor": eval_capacity_factor is not None,
+            "tile_size": tile_size is not None,
+        }.items():
+            if wanted:
+                raise NotImplementedError(f"MoE: {name} is not available yet")
+
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.balance = balance
+        self.aux_loss_coef = aux_loss_coef if balance == "aux_loss" else 0.0
+        self.z_loss_coef = z_loss_coef
+        self.inject_aux_loss = inject_aux_loss
+        common = {"init_std": init_std, "device": device, "dtype": dtype}
+        self.router = router or TopKRouter(
+            hidden_size,
+            num_experts,
+            top_k,
+            score_function=score_function,
+            renormalize=renormalize,
+            scaling_factor=scaling_factor,
+            temperature=temperature,
+            jitter=jitter,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            **common,
+        )
+        ffn = {"activation": activation, "gated": gated, "recompute": recompute, **common}
+        self.experts = GroupedExperts(
+            num_experts, hidden_size, intermediate_size, bias=bias, **ffn
+        )
+        self.shared_expert = (
+            SharedExpert(hidden_size, shared_intermediate_size, **ffn)
+            if shared_intermediate_size
+            else None
+        )
+        # Statistics are buffers written in place: that works in a compiled checkpoint, where
+        # assigning a tensor to an attribute does not.
+        counts = torch.zeros(num_experts, device=device, dtype=torch.int64)
+        self.register_buffer("_tokens_per_expert", counts, persistent=False)
+        self.register_buffer("_dropped", counts.new_zeros(()), persistent=False)
+        injected = torch.zeros((), device=device, dtype=torch.float32)
+        self.register_buffer("_injected_loss", injected, persistent=False)
+        self._aux_loss: Tensor | None = None
+        self._aux_loss_was_taken = True
+        self._warned = False
+
+    @classmethod
+    def from_config(cls, config: MoEConfig) -> "MoE":
+        """The layer of a MoEConfig."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+
+    def reset_parameters(self) -> None:
+        """Initializes parameters and statistics again, after `to_empty` say."""
+        for module in self.children():
+            module.reset_parameters()
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+
+    @property
+    def last_stats(self) -> MoEStats:
+        """Of the last forward: tokens_per_expert [E] int64, dropped (scalar int64). No sync."""
+        return MoEStats(self._tokens_per_expert, self._dropped)
+
+    @property
+    def last_aux_loss(self) -> Tensor | None:
+        """The last forward's losses, coefficients applied: a float32 scalar; None before one.
+
+        With inject_aux_loss it carries no gradient, since backward already adds it. A compiled
+        forward with return_aux_loss only returns it and leaves this as it was.
+        """
+        self._aux_loss_was_taken = True
+        return self._injected_loss if self.inject_aux_loss else self._aux_loss
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        return_aux_loss: bool = False,
+        token_mask: Tensor | None = None,
+        topk_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x [..., H] -> y [..., H] in x's dtype (the autocast dtype under autocast).
+
+        Args:
+            x: [..., H].
+            return_aux_loss: also return the losses, coefficients applied: a float32 scalar.
+            token_mask: [...] bool; False tokens come out as zeros and count in no loss and no
+                statistic.
+            topk_ids: [..., K]: the routing is given; the router still gives the weights.
+        """
+        self._check_inputs(x, token_mask, topk_ids)
+        tokens = x.reshape(-1, self.hidden_size)
+        if token_mask is not None:
+            # Masked tokens may hold anything, NaN included: as zeros they reach no gradient.
+            token_mask = token_mask.reshape(-1)
+            tokens = tokens.masked_fill(~token_mask.unsqueeze(1), 0)
+        if topk_ids is not None:
+            topk_ids = topk_ids.reshape(-1, topk_ids.shape[-1])
+        routed = self.router(tokens, topk_ids)
+        ids = routed.topk_ids
+        if token_mask is not None:
+            ids = ids.masked_fill(~token_mask.unsqueeze(1), -1)
+        y = self.experts(tokens, routed.topk_weights, ids)
+        if self.shared_expert is not None:
+            y = y + self.shared_expert(tokens)  # zeros in, zeros out for masked tokens
+        counts = torch.ops.moe_ext._tokens_per_expert.default(ids, self.num_experts)
+        self._tokens_per_expert.copy_(counts)
+        loss = self._losses(routed, token_mask)
+        if self.inject_aux_loss:
+            y = _InjectGradient.apply(y, loss)
+            loss = loss.detach()
+            self._injected_loss.copy_(loss)
+        else:
+            has_loss = self.aux_loss_coef > 0 or self.z_loss_coef > 0
+            self._keep(loss, taken=return_aux_loss or not has_loss)
+        y = y.reshape(x.shape)
+        return (y, loss) if return_aux_loss else y
+
+    def _check_inputs(
+        self, x: Tensor, token_mask: Tensor | None, topk_ids: Tensor | None
+    ) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
+            raise RuntimeError(
+                f"MoE: x must be [..., H={self.hidden_size}], got {list(x.shape)}"
+            )
+        if token_mask is not None and token_mask.shape != x.shape[:-1]:
+            raise RuntimeError(
+                f"MoE: token_mask must be {list(x.shape[:-1])}, got {list(token_mask.shape)}"
+            )
+        if token_mask is not None and token_mask.dtype != torch.bool:
+            raise RuntimeError(f"MoE: token_mask must be torch.bool, got {token_mask.dtype}")
+        if topk_ids is not None and topk_ids.shape[:-1] != x.shape[:-1]:
+            raise RuntimeError(
+                f"MoE: topk_ids must be {list(x.shape[:-1])} and K, got {list(topk_ids.shape)}"
+            )
+
+    def _losses(self, routed, token_mask: Tensor | None) -> Tensor:
+        """The losses with their coefficients: a float32 scalar."""
+        loss = torch.zeros((), device=routed.router_probs.device)
+        if self.aux_loss_coef:
+            loss = loss + self.aux_loss_coef * ops.load_balancing_loss(
+                routed.router_probs, routed.topk_ids, token_mask=token_mask
+            )
+        if self.z_loss_coef:
+            loss = loss + self.z_loss_coef * ops.router_z_loss(
+                routed.router_logits, token_mask=token_mask
+            )
+        return loss
+
+    def _keep(self, loss: Tensor, taken: bool) -> None:
+        """Holds the loss for `last_aux_loss`; warns once if training lets one go untaken."""
+        if torch.compiler.is_compiling():
+            # Inside a compiled checkpoint this assignment is refused, and a returned loss does
+            # without it; an exported program has no attributes.
+            if not (taken or torch.compiler.is_exporting()):
+                self._aux_loss = loss
+            return
+        if _in_backward():
+            return
+        if not (self._aux_loss_was_taken or self._warned):
+            self._warned = True
+            warnings.warn(
+                "MoE: a forward's auxiliary loss was never used, so the experts may collapse. Add "
+                "moe_ext.total_aux_loss(model) to the loss, or use return_aux_loss=True, "
+                "inject_aux_loss=True or balance='none'.",
+                stacklevel=3,
+            )
+        self._aux_loss = loss
+        self._aux_loss_was_taken = taken or not (self.training and loss.requires_grad)
+
+    def __getstate__(self) -> dict:
+        # The last loss hangs on its graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "_aux_loss": None, "_aux_loss_was_taken": True}
+
+    def extra_repr(self) -> str:
+        return f"top_k={self.top_k}, balance={self.balance}"
+
+
+def total_aux_loss(model: nn.Module) -> Tensor:
+    """The sum of `last_aux_loss` over the MoE layers of a model: a float32 scalar to add to the loss.
+
+    Zero if the model has no such layer, or none has run yet.
+    """
+    losses = [module.last_aux_loss for module in model.modules() if isinstance(module, MoE)]
+    return sum((loss for loss in losses if loss is not None), start=torch.zeros(()))

@@ -1,0 +1,222 @@
+"""The operators, typed. Each is one call into `torch.ops.moe_ext`; plain PyTorch twins of all of
+them are in `moe_ext.reference`.
+
+Rules for all of them:
+
+- Tokens and the experts' weights are float64, float32, bfloat16 or float16, of one dtype. Products
+  are summed in float32 (float64 for float64); every operand of a product is rounded once to the
+  tokens' dtype, and so is the output.
+- A slot (t, k) whose id is -1 or >= E is skipped: no arithmetic, exact zeros, no gradient. Other
+  negative ids raise IndexError on the CPU and are skipped elsewhere.
+- Any stride, storage offset and size; T = 0, idle experts and repeated ids included.
+- Gradients come in each input's own dtype; frozen inputs cost no work. Second derivatives raise.
+- The same input gives the same bits from run to run.
+- RuntimeError for shapes, dtypes and devices, ValueError for options, IndexError for ids, each
+  naming the operator, the argument, what it must be and what it got.
+"""
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.moe_ext
+
+
+def topk_router(
+    router_logits: Tensor,
+    top_k: int,
+    *,
+    score_function: str = "softmax",
+    renormalize: bool = True,
+    scaling_factor: float = 1.0,
+    expert_bias: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chooses K experts for each token, and their weights.
+
+    Args:
+        router_logits: [T, E], any supported dtype; differentiable.
+        top_k: K, in [1, E].
+        score_function: "softmax" over E (Mixtral, Qwen3-MoE, OLMoE) or "sigmoid" of each logit
+            (DeepSeek-V3, arXiv 2412.19437).
+        renormalize: divide the K weights by their sum (softmax: a softmax over the K chosen
+            logits; sigmoid: the sum + 1e-20).
+        scaling_factor: multiplies the weights.
+        expert_bias: [E], added to the scores for the choice only (arXiv 2408.15664).
+        num_groups, topk_groups: E in num_groups equal groups, of which each token may use its best
+            topk_groups. A group's score is its best expert's (softmax, DeepSeek-V2) or the sum of
+            its best two (sigmoid, DeepSeek-V3), bias included.
+
+    Returns:
+        topk_weights [T, K], topk_ids [T, K] int64 by descending score (ties: the lower id; NaN
+        last), router_probs [T, E] (softmax, or sigmoid scores divided by their sum over E).
+        Weights and probabilities are float32, float64 for float64 logits. A NaN among a token's
+        logits makes its weights NaN.
+    """
+    return _ops.topk_router.default(
+        router_logits,
+        top_k,
+        score_function=score_function,
+        renormalize=renormalize,
+        scaling_factor=scaling_factor,
+        expert_bias=expert_bias,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+    )
+
+
+def permute(
+    tokens: Tensor, topk_ids: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gathers token rows so that the rows of each expert are contiguous.
+
+    Args:
+        tokens: [T, H]; differentiable.
+        topk_ids: [T, K] int64 or int32.
+        num_experts: E.
+
+    Returns:
+        permuted_tokens [N, H] (expert-major, stable; rows past expert_offsets[E] are zeros),
+        row_map [T, K] int32 (permuted_tokens[row_map[t, k]] is tokens[t]; -1 for a skipped slot),
+        expert_offsets [E + 1] int32 (expert e owns rows offsets[e] to offsets[e + 1]).
+    """
+    return _ops.permute.default(tokens, topk_ids, num_experts)
+
+
+def unpermute(rows: Tensor, row_map: Tensor, topk_weights: Tensor | None = None) -> Tensor:
+    """The weighted sum over k of each token's rows: the inverse of `permute`.
+
+    Args:
+        rows: [N, H]; differentiable.
+        row_map: [T, K] int32 from `permute`.
+        topk_weights: [T, K], any supported dtype; differentiable. None: all 1.
+
+    Returns:
+        [T, H] in rows' dtype.
+    """
+    return _ops.unpermute.default(rows, row_map, topk_weights)
+
+
+def expert_ffn(
+    rows: Tensor,
+    expert_offsets: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    recompute: str = "activation",
+) -> Tensor:
+    """Each row through its expert: down(act(gate(x)) * up(x)), or down(act(up(x))) if not gated.
+
+    Args:
+        rows: [N, H], grouped by expert.
+        expert_offsets: [E + 1] int32, ascending from 0 to at most N.
+        gate_up_proj: [E, 2I, H] (rows 0..I-1 gate, I..2I-1 up), or [E, I, H] if not gated.
+        down_proj: [E, H, I].
+        gate_up_bias: [E, 2I] or [E, I].
+        down_bias: [E, H].
+        row_weights: [N], any supported dtype; multiply the finished row, bias included.
+        activation: silu, gelu, gelu_tanh, relu, relu2 (squared), identity, or, gated only,
+            swiglu_clamped (GPT-OSS: alpha 1.702, limit 7).
+        recompute: what backward recomputes: "activation" keeps the pre-activation [N, 2I] (or
+            [N, I]), "hidden" keeps only the inputs.
+
+    Returns:
+        [N, H] in rows' dtype; rows past expert_offsets[E] are zeros.
+    """
+    return _ops.expert_ffn.default(
+        rows,
+        expert_offsets,
+        gate_up_proj,
+        down_proj,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        row_weights=row_weights,
+        activation=activation,
+        gated=gated,
+        recompute=recompute,
+    )
+
+
+def moe_ffn(
+    tokens: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    recompute: str = "activation",
+) -> Tensor:
+    """`permute`, `expert_ffn` and `unpermute` in one: sum_k w[t, k] ffn_{ids[t, k]}(x[t]).
+
+    Beyond its inputs it keeps for backward the pre-activation ([N, 2I] or [N, I]; not with
+    recompute="hidden") and N + E + 1 int32.
+
+    Args:
+        tokens: [T, H].
+        topk_weights: [T, K], any supported dtype.
+        topk_ids: [T, K] int64 or int32.
+        gate_up_proj, down_proj, gate_up_bias, down_bias, activation, gated, recompute: as for
+            `expert_ffn`.
+
+    Returns:
+        [T, H] in tokens' dtype.
+    """
+    return _ops.moe_ffn.default(
+        tokens,
+        topk_weights,
+        topk_ids,
+        gate_up_proj,
+        down_proj,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        activation=activation,
+        gated=gated,
+        recompute=recompute,
+    )
+
+
+def load_balancing_loss(
+    router_probs: Tensor,
+    topk_ids: Tensor,
+    *,
+    token_mask: Tensor | None = None,
+    normalize_by_topk: bool = True,
+) -> Tensor:
+    """E sum_e f_e P_e: f_e the share of the choices that went to e, P_e the mean probability of e.
+
+    1 when balanced (Switch, arXiv 2101.03961; Megatron's convention). No gradient flows through f.
+
+    Args:
+        router_probs: [T, E]; differentiable.
+        topk_ids: [T, K] int64 or int32; skipped ids are left out of f's numerator.
+        token_mask: [T] bool; False tokens count nowhere.
+        normalize_by_topk: False gives Hugging Face's value, K times as large.
+
+    Returns:
+        A scalar, float32 (float64 for float64); 0 if there is no unmasked token.
+    """
+    return _ops.load_balancing_loss.default(
+        router_probs, topk_ids, token_mask=token_mask, normalize_by_topk=normalize_by_topk
+    )
+
+
+def router_z_loss(router_logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    """mean_t logsumexp(logits_t)^2 (ST-MoE, arXiv 2202.08906).
+
+    Args:
+        router_logits: [T, E]; differentiable.
+        token_mask: [T] bool; False tokens count nowhere.
+
+    Returns:
+        A scalar, float32 (float64 for float64); 0 if there is no unmasked token.
+    """
+    return _ops.router_z_loss.default(router_logits, token_mask=token_mask)
