@@ -14,7 +14,9 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 cuda_sources = sorted(glob("csrc/**/*.cu", recursive=True))
-with_cuda = bool(cuda_sources) and os.environ.get("MOE_EXT_CUDA", str(int(CUDA_HOME is not None))) == "1"
+with_cuda = (
+    bool(cuda_sources) and os.environ.get("MOE_EXT_CUDA", str(int(CUDA_HOME is not None))) == "1"
+)
 
 compile_args = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 if with_cuda:

@@ -279,13 +279,15 @@ class MoE(nn.Module):
         }.items():
             _need(size >= 1, name, ">= 1", size)
         _need(1 <= top_k <= num_experts, "top_k", f"in [1, num_experts={num_experts}]", top_k)
-        _need(
-            balance in ("aux_loss", "bias", "none"), "balance", "aux_loss, bias or none", balance
-        )
+        _need(balance in ("aux_loss", "bias", "none"), "balance", "aux_loss, bias or none", balance)
         _need(aux_loss_coef >= 0, "aux_loss_coef", ">= 0", aux_loss_coef)
         _need(z_loss_coef >= 0, "z_loss_coef", ">= 0", z_loss_coef)
-        _need(shared_intermediate_size >= 0, "shared_intermediate_size", ">= 0",
-              shared_intermediate_size)
+        _need(
+            shared_intermediate_size >= 0,
+            "shared_intermediate_size",
+            ">= 0",
+            shared_intermediate_size,
+        )
         _need(min_capacity >= 1, "min_capacity", ">= 1", min_capacity)
         _need(drop_policy in ("probs", "position"), "drop_policy", "probs or position", drop_policy)
         roundings = ("nearest", "up", "down", "stochastic", "balanced")
@@ -321,9 +323,7 @@ class MoE(nn.Module):
             **common,
         )
         ffn = {"activation": activation, "gated": gated, "recompute": recompute, **common}
-        self.experts = GroupedExperts(
-            num_experts, hidden_size, intermediate_size, bias=bias, **ffn
-        )
+        self.experts = GroupedExperts(num_experts, hidden_size, intermediate_size, bias=bias, **ffn)
         self.shared_expert = (
             SharedExpert(hidden_size, shared_intermediate_size, **ffn)
             if shared_intermediate_size
@@ -343,7 +343,9 @@ class MoE(nn.Module):
     @classmethod
     def from_config(cls, config: MoEConfig) -> "MoE":
         """The layer of a MoEConfig."""
-        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+        return cls(
+            **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        )
 
     def reset_parameters(self) -> None:
         """Initializes parameters and statistics again, after `to_empty` say."""
@@ -412,13 +414,9 @@ class MoE(nn.Module):
         y = y.reshape(x.shape)
         return (y, loss) if return_aux_loss else y
 
-    def _check_inputs(
-        self, x: Tensor, token_mask: Tensor | None, topk_ids: Tensor | None
-    ) -> None:
+    def _check_inputs(self, x: Tensor, token_mask: Tensor | None, topk_ids: Tensor | None) -> None:
         if x.dim() == 0 or x.shape[-1] != self.hidden_size:
-            raise RuntimeError(
-                f"MoE: x must be [..., H={self.hidden_size}], got {list(x.shape)}"
-            )
+            raise RuntimeError(f"MoE: x must be [..., H={self.hidden_size}], got {list(x.shape)}")
         if token_mask is not None and token_mask.shape != x.shape[:-1]:
             raise RuntimeError(
                 f"MoE: token_mask must be {list(x.shape[:-1])}, got {list(token_mask.shape)}"

@@ -65,9 +65,7 @@ def topk_router(
     )
 
 
-def permute(
-    tokens: Tensor, topk_ids: Tensor, num_experts: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def permute(tokens: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gathers token rows so that the rows of each expert are contiguous.
 
     Args:

@@ -74,7 +74,7 @@ def topk_router(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `moe_ext.topk_router`."""
     logits = router_logits.to(_compute_dtype(router_logits.dtype))
-    num_tokens, num_experts = logits.shape
+    num_experts = logits.shape[1]
     with torch.no_grad():
         keys = logits
         if expert_bias is not None or num_groups > 1:
@@ -84,7 +84,7 @@ def topk_router(
         allowed = torch.ones_like(keys, dtype=torch.bool)
         if topk_groups < num_groups:
             by_group = keys.masked_fill(keys.isnan(), -torch.inf)
-            by_group = by_group.view(num_tokens, num_groups, -1)
+            by_group = by_group.unflatten(1, (num_groups, num_experts // num_groups))
             best = by_group.sort(dim=-1, descending=True).values
             group_scores = best[..., : 2 if score_function == "sigmoid" else 1].sum(-1)
             groups = _rank(group_scores, torch.ones_like(group_scores, dtype=torch.bool))
@@ -199,9 +199,7 @@ def expert_ffn(
     num_used = int(expert_offsets[-1])
     used = rows[:num_used]
     hidden = grouped_linear(used, expert_offsets, gate_up_proj, gate_up_bias)
-    out = grouped_linear(
-        _activate(hidden, activation, gated), expert_offsets, down_proj, down_bias
-    )
+    out = grouped_linear(_activate(hidden, activation, gated), expert_offsets, down_proj, down_bias)
     if row_weights is not None:
         out = (out * row_weights[:num_used].unsqueeze(1)).to(rows.dtype)
     return torch.cat([out, rows.new_zeros(rows.shape[0] - num_used, rows.shape[1])])

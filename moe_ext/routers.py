@@ -68,7 +68,9 @@ class TopKRouter(nn.Module):
         self.num_groups = num_groups
         self.topk_groups = topk_groups
         self.init_std = init_std
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, hidden_size, device=device, dtype=dtype)
+        )
         self.reset_parameters()
         # The operator knows the rules for these options; a run on no tokens applies them now.
         self._choose(torch.empty(0, num_experts, device="meta"))

@@ -1,0 +1,60 @@
+# Every target sets up what it needs in .venv and redoes nothing that is done.
+#
+#   make demo    train the small language model     make test    run the tests
+#   make bench   run the benchmarks                 make lint    check style; make format mends it
+#
+# PYTHON=python3.12   the interpreter of .venv (3.10 or newer)
+# TORCH=torch==2.12   another torch than constraints.txt pins (needs a fresh .venv: make clean)
+# ARGS="..."          passed on to the demo, pytest or the benchmarks
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test bench lint format clean setup
+
+help:
+	@sed -n '2,8s/^# \{0,1\}//p' Makefile
+
+setup: $(VENV)/.built
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "moe_ext: Python 3.10 or newer is needed; name one with PYTHON=..."; exit 1; }
+	@echo "== setting up $(VENV): $(TORCH)"
+	@$(PYTHON) -m venv $(VENV) || { echo "moe_ext: no venv for $(PYTHON) (Debian: python3-venv)"; exit 1; }
+	@echo '$(TORCH)' > $(VENV)/constraints.txt
+	@$(PIP) -c $(VENV)/constraints.txt '$(TORCH)' numpy ninja 'setuptools>=77' wheel
+	@touch $@
+
+# The extras come after torch and under its constraint, or pip would look for another torch.
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py build_backend.py $(SOURCES)
+	@command -v c++ >/dev/null || { echo "moe_ext: a C++ compiler is needed (Debian: g++)"; exit 1; }
+	@echo "== building moe_ext (the first time takes about 3 minutes on 2 cores)"
+	@$(PIP) -c $(VENV)/constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python examples/train_lm.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info moe_ext/_C*.so

@@ -1,0 +1,123 @@
+import pytest
+import torch
+from conftest import DTYPES, assert_close, leaf, make_ids
+
+import moe_ext
+from moe_ext import reference
+
+MASKS = [None, "some", "all"]
+
+
+def make_mask(kind, T, device):
+    if kind is None:
+        return None
+    return (
+        torch.rand(T, device=device) > 0.4 if kind == "some" else torch.zeros(T).bool().to(device)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("normalize_by_topk", [True, False])
+@pytest.mark.parametrize("T", [0, 1, 700])
+def test_load_balancing_loss(device, dtype, mask, normalize_by_topk, T):
+    probs = leaf(torch.randn(T, 6, device=device).softmax(-1).to(dtype))
+    wide = leaf(probs.double())
+    options = {"token_mask": make_mask(mask, T, device), "normalize_by_topk": normalize_by_topk}
+    ids = make_ids("skipped", T, 2, 6, device)
+    loss = moe_ext.load_balancing_loss(probs, ids, **options)
+    expected = reference.load_balancing_loss(wide, ids, **options)
+    compute = torch.promote_types(dtype, torch.float32)
+    assert loss.dtype == compute and loss.shape == ()
+    assert_close(loss, expected, compute)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    assert probs.grad.dtype == dtype
+    assert_close(probs.grad, wide.grad, dtype, scale=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("T", [0, 1, 700])
+def test_router_z_loss(device, dtype, mask, T):
+    logits = leaf((3 * torch.randn(T, 6, device=device)).to(dtype))
+    wide = leaf(logits.double())
+    token_mask = make_mask(mask, T, device)
+    loss = moe_ext.router_z_loss(logits, token_mask=token_mask)
+    expected = reference.router_z_loss(wide, token_mask=token_mask)
+    compute = torch.promote_types(dtype, torch.float32)
+    assert loss.dtype == compute and loss.shape == ()
+    assert_close(loss, expected, compute)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    assert_close(logits.grad, wide.grad, dtype, scale=2)
+
+
+@pytest.mark.parametrize("mask", [None, "some"])
+def test_gradcheck_and_opcheck(device, mask):
+    token_mask = make_mask(mask, 7, device)
+    ids = make_ids("skipped", 7, 2, 5, device)
+    probs = leaf(torch.rand(7, 5, dtype=torch.float64, device=device))
+    torch.autograd.gradcheck(
+        lambda p: moe_ext.load_balancing_loss(p, ids, token_mask=token_mask), [probs]
+    )
+    torch.autograd.gradcheck(lambda z: moe_ext.router_z_loss(z, token_mask=token_mask), [probs])
+    ops = torch.ops.moe_ext
+    options = {"token_mask": token_mask}
+    torch.library.opcheck(ops.load_balancing_loss.default, (probs, ids), options)
+    torch.library.opcheck(ops.router_z_loss.default, (probs,), options)
+    p = probs.detach()
+    loss, grad_row = ops._load_balancing_loss_forward(p, ids, token_mask, True)
+    torch.library.opcheck(ops._load_balancing_loss_forward.default, (p, ids, token_mask, True))
+    torch.library.opcheck(
+        ops._load_balancing_loss_backward.default, (loss, grad_row, ids, token_mask)
+    )
+    torch.library.opcheck(ops._router_z_loss_backward.default, (loss, p, token_mask))
+
+
+def test_closed_forms(device):
+    E, K = 8, 2
+    uniform = torch.full((16, E), 1 / E, device=device)
+    balanced = torch.arange(32, device=device).view(16, K) % E
+    assert moe_ext.load_balancing_loss(uniform, balanced).item() == pytest.approx(1)
+    assert moe_ext.load_balancing_loss(
+        uniform, balanced, normalize_by_topk=False
+    ).item() == pytest.approx(K)
+    collapsed = torch.zeros(16, E, device=device)
+    collapsed[:, 3] = 1
+    ids = torch.full((16, 1), 3, device=device)
+    assert moe_ext.load_balancing_loss(collapsed, ids).item() == pytest.approx(E)
+    # Skipped ids leave the numerator only: half of the choices, half of the loss.
+    ids = torch.tensor([[3, -1]], device=device).expand(16, 2)
+    assert moe_ext.load_balancing_loss(collapsed, ids).item() == pytest.approx(E / 2)
+    logits = torch.zeros(5, E, device=device)
+    assert moe_ext.router_z_loss(logits).item() == pytest.approx(torch.tensor(8.0).log() ** 2)
+
+
+def test_same_as_hugging_face(device):
+    """normalize_by_topk=False is transformers' load_balancing_loss_func."""
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    logits = torch.randn(40, 8, device=device)
+    _, ids, probs = moe_ext.topk_router(logits, 2)
+    expected = mixtral.load_balancing_loss_func((logits,), num_experts=8, top_k=2)
+    actual = moe_ext.load_balancing_loss(probs, ids, normalize_by_topk=False)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_nothing_of_size_t_by_e_is_saved(device):
+    probs = leaf(torch.rand(64, 8, device=device))
+    ids = make_ids("random", 64, 2, 8, device)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
+    ):
+        moe_ext.load_balancing_loss(probs, ids)
+    assert saved == [(8,), (64, 2)]
+
+
+def test_strides_and_second_derivatives(device):
+    z = leaf(torch.randn(6, 9, device=device))
+    assert torch.equal(moe_ext.router_z_loss(z.T), moe_ext.router_z_loss(z.T.contiguous()))
+    (grad,) = torch.autograd.grad(moe_ext.router_z_loss(z), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="router_z_loss: second derivatives"):
+        grad.sum().backward()
