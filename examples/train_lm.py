@@ -1,0 +1,621 @@
+"""Trains a small byte-level language model with Mixture-of-Experts layers on real text.
+
+The text is what every machine with Python has: the standard library's own sources, split by file
+into training and held-out parts. `make demo` runs this; about 3 minutes on 2 CPU cores.
+
+    python examples/train_lm.py                       train, evaluate, write a sample
+    python examples/train_lm.py --resume              go on after Ctrl-C, on the same curve
+    python examples/train_lm.py --ffn dense           the same with a dense feed-forward network
+    python examples/train_lm.py --compare             MoE beside two dense models
+
+Into --out (default runs/train_lm) go checkpoint.safetensors, report.json, curves.png, sample.txt.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import sysconfig
+import time
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import moe_ext
+from moe_ext import reference
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass
+class Options:
+    """What decides the result; all of it is kept in the checkpoint."""
+
+    ffn: str = "moe_ext"  # moe_ext, reference (plain PyTorch, same parameters) or dense
+    dense_match: str = "active"  # dense only: equal active FLOPs, or equal parameters
+    hidden_size: int = 192
+    intermediate_size: int = 192  # of one expert
+    experts: int = 8
+    top_k: int = 2
+    layers: int = 4
+    heads: int = 4
+    context: int = 256
+    batch: int = 8  # sequences a step
+    steps: int = 700
+    lr: float = 3e-3
+    recompute: str = "activation"  # what the MoE layers recompute: activation or hidden
+    dtype: str = "float32"  # float64, or bfloat16 through autocast
+    seed: int = 0
+
+
+# --- the model ---------------------------------------------------------------------------------
+
+
+class DenseFFN(nn.Module):
+    """down(silu(gate(x)) * up(x)): what an MoE layer replaces."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class ReferenceMoE(moe_ext.MoE):
+    """The same layer with the same parameters, in plain PyTorch."""
+
+    last_aux_loss = None
+    last_stats = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, self.hidden_size)
+        logits = reference.router_logits(tokens, self.router.weight)
+        weights, ids, probs = reference.topk_router(logits, self.top_k)
+        self.last_aux_loss = self.aux_loss_coef * reference.load_balancing_loss(probs, ids)
+        counts = torch.bincount(ids.flatten(), minlength=self.num_experts)
+        self.last_stats = moe_ext.layers.MoEStats(counts, counts.new_zeros(()))
+        experts = self.experts
+        y = reference.moe_ffn(tokens, weights, ids, experts.gate_up_proj, experts.down_proj)
+        return y.reshape(x.shape)
+
+
+def make_ffn(o: Options) -> nn.Module:
+    if o.ffn == "moe_ext":  # the one line that swaps a dense FFN for ours
+        return moe_ext.MoE(
+            o.hidden_size, o.intermediate_size, o.experts, o.top_k, recompute=o.recompute
+        )
+    if o.ffn == "reference":
+        return ReferenceMoE(o.hidden_size, o.intermediate_size, o.experts, o.top_k)
+    count = o.top_k if o.dense_match == "active" else o.experts
+    return DenseFFN(o.hidden_size, count * o.intermediate_size)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary position embedding."""
+
+    def __init__(self, hidden_size: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        half = hidden_size // heads // 2
+        angles = torch.arange(context)[:, None] * 10000.0 ** (-torch.arange(half) / half)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        cos, sin = self.cos[: x.shape[2]].to(x.dtype), self.sin[: x.shape[2]].to(x.dtype)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, o: Options) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(o.hidden_size)
+        self.attention = Attention(o.hidden_size, o.heads, o.context)
+        self.ffn_norm = nn.RMSNorm(o.hidden_size)
+        self.ffn = make_ffn(o)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only transformer over bytes."""
+
+    def __init__(self, o: Options) -> None:
+        super().__init__()
+        self.context = o.context
+        self.embedding = nn.Embedding(256, o.hidden_size)
+        self.blocks = nn.ModuleList(Block(o) for _ in range(o.layers))
+        self.norm = nn.RMSNorm(o.hidden_size)
+        self.head = nn.Linear(o.hidden_size, 256, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def moe_layers(self) -> list[moe_ext.MoE]:
+        return [module for module in self.modules() if isinstance(module, moe_ext.MoE)]
+
+
+def count_parameters(model: LanguageModel, o: Options) -> tuple[int, int]:
+    """All parameters, and those that work on one token."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    in_experts = sum(p.numel() for layer in model.moe_layers() for p in layer.experts.parameters())
+    return total, total - in_experts + in_experts * o.top_k // o.experts
+
+
+# --- the text ----------------------------------------------------------------------------------
+
+
+def text_files() -> tuple[list[Path], list[Path]]:
+    """The standard library's source files: (training, held-out), split by a hash of the name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+    train, held_out = [], []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if skipped.isdisjoint(name.parts):
+            is_held_out = zlib.crc32(name.as_posix().encode()) % 10 == 0
+            (held_out if is_held_out else train).append(path)
+    if not train or not held_out:
+        raise SystemExit(f"train_lm: no Python sources found in the standard library at {root}")
+    return train, held_out
+
+
+def read_text(files: list[Path]) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8)
+
+
+def make_batch(text: Tensor, o: Options, seed: int, device: str) -> tuple[Tensor, Tensor]:
+    """Inputs and next bytes [batch, context]: a function of the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(text) - o.context, (o.batch,), generator=generator)
+    rows = text[starts[:, None] + torch.arange(o.context + 1)].long().to(device)
+    return rows[:, :-1], rows[:, 1:]
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+class Trainer:
+    """A training run that can stop after any step and go on from its checkpoint."""
+
+    def __init__(self, o: Options, device: str = "cpu") -> None:
+        self.o, self.device = o, device
+        torch.manual_seed(o.seed)
+        self.model = LanguageModel(o).to(device)
+        if o.dtype == "float64":
+            self.model.double()
+        self.total_parameters, self.active_parameters = count_parameters(self.model, o)
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.model.parameters() if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+            lr=o.lr,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        train, held_out = text_files()
+        self.text, self.held_out = read_text(train), read_text(held_out)
+        self.step = 0
+        self.seconds = 0.0
+        self.balance = 1.0  # the largest load of an expert over the mean, in the worst layer
+        self.history = {"loss": [], "seconds": [], "held_out": [], "experts": []}
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        enabled = self.o.dtype == "bfloat16"
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=enabled)
+
+    def learning_rate(self) -> float:
+        """Linear warm-up over 5 % of the steps, then a cosine to a tenth."""
+        warm_up = max(1, self.o.steps // 20)
+        if self.step < warm_up:
+            return self.o.lr * (self.step + 1) / warm_up
+        progress = (self.step - warm_up) / max(1, self.o.steps - warm_up)
+        return self.o.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+    def train_step(self) -> float:
+        started = time.perf_counter()
+        o = self.o
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        inputs, targets = make_batch(self.text, o, o.seed * 1_000_003 + self.step, self.device)
+        with self.autocast():
+            logits = self.model(inputs)
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        task_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = task_loss + moe_ext.total_aux_loss(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+        self.history["loss"].append(task_loss.item())
+        self.history["seconds"].append(self.seconds)
+        counts = [layer.last_stats.tokens_per_expert for layer in self.model.moe_layers()]
+        shares = [(c.double() / c.sum()).tolist() for c in counts]
+        self.balance = max((max(share) * len(share) for share in shares), default=1.0)
+        if self.step % 10 == 0 or self.step == o.steps:
+            self.history["experts"].append({"step": self.step, "share": shares})
+        return self.history["loss"][-1]
+
+    @torch.no_grad()
+    def evaluate(self, batches: int) -> float:
+        """Bits per byte on held-out text; always the same batches."""
+        self.model.eval()
+        total = 0.0
+        for index in range(batches):
+            inputs, targets = make_batch(self.held_out, self.o, index, self.device)
+            with self.autocast():
+                logits = self.model(inputs)
+            total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()).item()
+        self.model.train()
+        bits = total / batches / math.log(2)
+        self.history["held_out"].append({"step": self.step, "bits_per_byte": bits})
+        return bits
+
+    @torch.no_grad()
+    def sample(self, prompt: bytes, length: int) -> str:
+        """Continues the prompt by drawing bytes at temperature 0.7."""
+        self.model.eval()
+        generator = torch.Generator().manual_seed(self.o.seed)
+        tokens = torch.tensor([list(prompt)], device=self.device)
+        for _ in range(length):
+            with self.autocast():
+                logits = self.model(tokens[:, -self.o.context :])[0, -1]
+            probs = (logits.float() / 0.7).softmax(-1).cpu()
+            token = torch.multinomial(probs, 1, generator=generator).to(self.device)
+            tokens = torch.cat([tokens, token[None]], dim=1)
+        self.model.train()
+        return bytes(tokens[0].tolist()).decode(errors="replace")
+
+    def save(self, path: Path) -> None:
+        """Writes everything that the next step depends on; the old file stays until it is done."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        metadata = {
+            "options": json.dumps(dataclasses.asdict(self.o)),
+            "progress": json.dumps({"step": self.step, "seconds": self.seconds}),
+            "history": json.dumps(self.history),
+        }
+        partial = path.with_suffix(".partial")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Goes on from a checkpoint of the same options."""
+        if not path.exists():
+            raise SystemExit(f"train_lm: nothing to resume: there is no {path}")
+        with safe_open(path, "pt", device=self.device) as file:
+            metadata = file.metadata()
+            saved, mine = json.loads(metadata["options"]), dataclasses.asdict(self.o)
+            differing = [f"{k}: {saved.get(k)} there, {v} here" for k, v in mine.items()
+                         if saved.get(k) != v]
+            if differing:
+                raise SystemExit(f"train_lm: {path} is of other options ({'; '.join(differing)})")
+            names = [key.removeprefix("model.") for key in file.keys() if key.startswith("model.")]
+            self.model.load_state_dict({name: file.get_tensor(f"model.{name}") for name in names})
+            keys = {key.split(".")[1] for key in file.keys() if key.startswith("optimizer.")}
+            for name, parameter in self.model.named_parameters():
+                self.optimizer.state[parameter] = {
+                    key: file.get_tensor(f"optimizer.{key}.{name}") for key in keys
+                }
+        progress = json.loads(metadata["progress"])
+        self.step, self.seconds = progress["step"], progress["seconds"]
+        self.history = json.loads(metadata["history"])
+
+
+class Interrupt:
+    """Ctrl-C asks to stop after the step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "Interrupt":
+        self.old = signal.signal(signal.SIGINT, self.handle)
+        return self
+
+    def handle(self, signum, frame) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self.old)
+
+    def __exit__(self, *exception) -> None:
+        signal.signal(signal.SIGINT, self.old)
+
+
+def train(
+    o: Options, *, out: Path | None = None, resume: bool = False, seconds: float = math.inf,
+    device: str = "cpu", quiet: bool = False,
+) -> Trainer:
+    """Trains to o.steps, for so many seconds, or until Ctrl-C; then the run's state is in out."""
+    trainer = Trainer(o, device)
+    checkpoint = out / "checkpoint.safetensors" if out else None
+    if resume:
+        trainer.load(checkpoint)
+    evaluate_every = max(1, o.steps // 10)
+    deadline = time.monotonic() + seconds
+    saved_at = time.monotonic()
+    with Interrupt() as interrupt, make_progress(trainer, quiet) as progress:
+        while trainer.step < o.steps:
+            trainer.train_step()
+            if trainer.step % evaluate_every == 0 and trainer.step < o.steps:
+                trainer.evaluate(4)
+            progress.show()
+            stop = interrupt.asked or time.monotonic() > deadline
+            if checkpoint and (stop or time.monotonic() - saved_at > 60):
+                trainer.save(checkpoint)
+                saved_at = time.monotonic()
+            if stop:
+                break
+    if checkpoint:
+        trainer.save(checkpoint)
+    return trainer
+
+
+# --- what is shown and written -----------------------------------------------------------------
+
+
+class PlainProgress:
+    """A line now and then, where the output is no terminal."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.shown = trainer, -math.inf
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def show(self) -> None:
+        if time.monotonic() - self.shown > 10 or self.trainer.step == self.trainer.o.steps:
+            self.shown = time.monotonic()
+            print(f"step {self.trainer.step}/{self.trainer.o.steps}  {status(self.trainer)}",
+                  flush=True)
+
+
+class LiveProgress:
+    """A bar with the figures of the moment."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.trainer = trainer
+        self.progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=24),
+            TextColumn("{task.description}"), TimeRemainingColumn(),
+        )
+
+    def __enter__(self):
+        self.progress.start()
+        self.task = self.progress.add_task("", total=self.trainer.o.steps)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.progress.stop()
+
+    def show(self) -> None:
+        self.progress.update(
+            self.task, completed=self.trainer.step, description=status(self.trainer)
+        )
+
+
+class NoProgress(contextlib.nullcontext):
+    def __enter__(self):
+        return self
+
+    def show(self) -> None:
+        pass
+
+
+def make_progress(trainer: Trainer, quiet: bool):
+    if quiet:
+        return NoProgress()
+    return (LiveProgress if sys.stdout.isatty() else PlainProgress)(trainer)
+
+
+def tokens_per_second(trainer: Trainer) -> float:
+    return trainer.step * trainer.o.batch * trainer.o.context / max(trainer.seconds, 1e-9)
+
+
+def status(trainer: Trainer) -> str:
+    recent = trainer.history["loss"][-20:]
+    text = f"loss {sum(recent) / len(recent):.3f}  {tokens_per_second(trainer):,.0f} tokens/s"
+    if trainer.history["held_out"]:
+        text += f"  held-out {trainer.history['held_out'][-1]['bits_per_byte']:.3f} bits/byte"
+    if trainer.model.moe_layers():
+        text += f"  max/mean load {trainer.balance:.2f}"
+    return text
+
+
+def cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def make_report(trainer: Trainer) -> dict:
+    last = trainer.history["experts"][-1]["share"] if trainer.history["experts"] else []
+    return {
+        "options": dataclasses.asdict(trainer.o),
+        "machine": {
+            "cpu": cpu_model(), "threads": torch.get_num_threads(), "device": trainer.device,
+            "python": platform.python_version(), "torch": torch.__version__,
+            "moe_ext": moe_ext.__version__,
+        },
+        "parameters": {"total": trainer.total_parameters, "active": trainer.active_parameters},
+        "steps": trainer.step,
+        "bytes_seen": trainer.step * trainer.o.batch * trainer.o.context,
+        "seconds": trainer.seconds,
+        "tokens_per_second": tokens_per_second(trainer),
+        "held_out_bits_per_byte": trainer.history["held_out"][-1]["bits_per_byte"],
+        "max_over_mean_load": trainer.balance,
+        "smallest_expert_share": min((min(share) for share in last), default=None),
+        "history": trainer.history,
+    }
+
+
+def smooth(values: list[float], window: int = 20) -> list[float]:
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window)
+            for i in range(len(values))]
+
+
+def draw_curves(trainer: Trainer, path: Path) -> None:
+    """The loss, and each layer's share of tokens per expert over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    history, layers = trainer.history, trainer.model.moe_layers()
+    figure, axes = plt.subplots(
+        1 + len(layers), 1, figsize=(9, 3.6 + 1.3 * len(layers)), sharex=True, squeeze=False,
+        layout="constrained", height_ratios=[3] + [1] * len(layers),
+    )
+    axes = axes[:, 0]
+    bits = [loss / math.log(2) for loss in history["loss"]]
+    steps = range(1, len(bits) + 1)
+    axes[0].plot(steps, bits, color="0.85", linewidth=0.8, label="training, each step")
+    axes[0].plot(steps, smooth(bits), label="training, mean of 20 steps")
+    axes[0].plot([h["step"] for h in history["held_out"]],
+                 [h["bits_per_byte"] for h in history["held_out"]], "o-", label="held-out")
+    axes[0].set(ylabel="bits per byte", ylim=(0.95 * min(bits), 1.02 * max(smooth(bits))),
+                title=f"{trainer.o.ffn}: {trainer.active_parameters / 1e6:.1f} M active of "
+                      f"{trainer.total_parameters / 1e6:.1f} M parameters")
+    axes[0].legend()
+    axes[0].grid(alpha=0.3)
+    if layers and history["experts"]:
+        at = [h["step"] for h in history["experts"]]
+        for index in range(len(layers)):
+            shares = torch.tensor([h["share"][index] for h in history["experts"]]).T
+            image = axes[1 + index].imshow(
+                shares * trainer.o.experts, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2,
+                interpolation="nearest", extent=(0, at[-1], trainer.o.experts - 0.5, -0.5),
+            )
+            axes[1 + index].set(ylabel=f"layer {index}\nexpert")
+        figure.colorbar(image, ax=list(axes[1:]), label="load over the mean (1 is balanced)")
+    axes[-1].set(xlabel="step")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def compare(o: Options, out: Path, device: str) -> None:
+    """The MoE beside a dense model of equal active FLOPs and one of equal parameters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows, figure, axes = [], *plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    variants = {
+        "MoE": dataclasses.replace(o, ffn="moe_ext"),
+        "dense, equal active FLOPs": dataclasses.replace(o, ffn="dense", dense_match="active"),
+        "dense, equal parameters": dataclasses.replace(o, ffn="dense", dense_match="parameters"),
+    }
+    for name, options in variants.items():
+        print(f"== {name}")
+        trainer = train(options, device=device)
+        trainer.evaluate(64)
+        report = make_report(trainer)
+        rows.append({"model": name, **{key: report[key] for key in (
+            "parameters", "steps", "seconds", "tokens_per_second", "held_out_bits_per_byte")}})
+        curve = smooth([loss / math.log(2) for loss in trainer.history["loss"]])
+        axes[0].plot(range(1, len(curve) + 1), curve, label=name)
+        axes[1].plot(trainer.history["seconds"], curve, label=name)
+    axes[0].set(xlabel="step", ylabel="training bits per byte (mean of 20 steps)", ylim=(None, 5))
+    axes[1].set(xlabel="seconds of training")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(out / "compare.png", dpi=110)
+    plt.close(figure)
+    (out / "compare.json").write_text(json.dumps({"machine": report["machine"], "rows": rows}, indent=1))
+    print(f"\n{'model':28} {'parameters':>12} {'active':>12} {'tokens/s':>9} {'bits/byte':>10}")
+    for row in rows:
+        print(f"{row['model']:28} {row['parameters']['total']:12,} {row['parameters']['active']:12,}"
+              f" {row['tokens_per_second']:9,.0f} {row['held_out_bits_per_byte']:10.3f}")
+    print(f"\nwrote compare.png and compare.json to {out}")
+
+
+def parse_arguments(arguments: list[str] | None) -> tuple[Options, argparse.Namespace]:
+    choices = {
+        "ffn": ["moe_ext", "reference", "dense"], "dense_match": ["active", "parameters"],
+        "recompute": ["activation", "hidden"], "dtype": list(DTYPES),
+    }
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for field in dataclasses.fields(Options):
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), type=field.type, default=field.default,
+            choices=choices.get(field.name), help=f"default {field.default}",
+        )
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop training after")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--out", type=Path, default=Path("runs/train_lm"))
+    parser.add_argument("--resume", action="store_true", help="go on from --out's checkpoint")
+    parser.add_argument("--compare", action="store_true", help="train the dense twins too")
+    parsed = parser.parse_args(arguments)
+    options = Options(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Options)})
+    return options, parsed
+
+
+def main(arguments: list[str] | None = None) -> None:
+    o, run = parse_arguments(arguments)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    run.out.mkdir(parents=True, exist_ok=True)
+    if run.compare:
+        return compare(o, run.out, run.device)
+    trainer = train(
+        o, out=run.out, resume=run.resume, seconds=run.seconds, device=run.device
+    )
+    if trainer.step < o.steps:
+        print(f"stopped at step {trainer.step} of {o.steps}; --resume goes on from here")
+    bits = trainer.evaluate(64)
+    sample = trainer.sample(b"def ", 320)
+    (run.out / "sample.txt").write_text(sample)
+    (run.out / "report.json").write_text(json.dumps(make_report(trainer), indent=1))
+    draw_curves(trainer, run.out / "curves.png")
+    print(f"\n--- a sample ---\n{sample}\n---\n\n{status(trainer)}")
+    print(f"held-out: {bits:.3f} bits per byte after {trainer.seconds:.0f} s of training, "
+          f"{trainer.active_parameters:,} active of {trainer.total_parameters:,} parameters")
+    print(f"wrote checkpoint.safetensors, report.json, curves.png and sample.txt to {run.out}")
+
+
+if __name__ == "__main__":
+    main()
