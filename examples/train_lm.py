@@ -190,7 +190,9 @@ def text_files() -> tuple[list[Path], list[Path]]:
 
 
 def read_text(files: list[Path]) -> Tensor:
-    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8)
+    return torch.frombuffer(
+        bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8
+    )
 
 
 def make_batch(text: Tensor, o: Options, seed: int, device: str) -> tuple[Tensor, Tensor]:
@@ -320,8 +322,9 @@ class Trainer:
         with safe_open(path, "pt", device=self.device) as file:
             metadata = file.metadata()
             saved, mine = json.loads(metadata["options"]), dataclasses.asdict(self.o)
-            differing = [f"{k}: {saved.get(k)} there, {v} here" for k, v in mine.items()
-                         if saved.get(k) != v]
+            differing = [
+                f"{k}: {saved.get(k)} there, {v} here" for k, v in mine.items() if saved.get(k) != v
+            ]
             if differing:
                 raise SystemExit(f"train_lm: {path} is of other options ({'; '.join(differing)})")
             names = [key.removeprefix("model.") for key in file.keys() if key.startswith("model.")]
@@ -355,8 +358,13 @@ class Interrupt:
 
 
 def train(
-    o: Options, *, out: Path | None = None, resume: bool = False, seconds: float = math.inf,
-    device: str = "cpu", quiet: bool = False,
+    o: Options,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    seconds: float = math.inf,
+    device: str = "cpu",
+    quiet: bool = False,
 ) -> Trainer:
     """Trains to o.steps, for so many seconds, or until Ctrl-C; then the run's state is in out."""
     trainer = Trainer(o, device)
@@ -401,8 +409,10 @@ class PlainProgress:
     def show(self) -> None:
         if time.monotonic() - self.shown > 10 or self.trainer.step == self.trainer.o.steps:
             self.shown = time.monotonic()
-            print(f"step {self.trainer.step}/{self.trainer.o.steps}  {status(self.trainer)}",
-                  flush=True)
+            print(
+                f"step {self.trainer.step}/{self.trainer.o.steps}  {status(self.trainer)}",
+                flush=True,
+            )
 
 
 class LiveProgress:
@@ -413,8 +423,10 @@ class LiveProgress:
 
         self.trainer = trainer
         self.progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=24),
-            TextColumn("{task.description}"), TimeRemainingColumn(),
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
         )
 
     def __enter__(self):
@@ -472,8 +484,11 @@ def make_report(trainer: Trainer) -> dict:
     return {
         "options": dataclasses.asdict(trainer.o),
         "machine": {
-            "cpu": cpu_model(), "threads": torch.get_num_threads(), "device": trainer.device,
-            "python": platform.python_version(), "torch": torch.__version__,
+            "cpu": cpu_model(),
+            "threads": torch.get_num_threads(),
+            "device": trainer.device,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
             "moe_ext": moe_ext.__version__,
         },
         "parameters": {"total": trainer.total_parameters, "active": trainer.active_parameters},
@@ -489,8 +504,9 @@ def make_report(trainer: Trainer) -> dict:
 
 
 def smooth(values: list[float], window: int = 20) -> list[float]:
-    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window)
-            for i in range(len(values))]
+    return [
+        sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))
+    ]
 
 
 def draw_curves(trainer: Trainer, path: Path) -> None:
@@ -502,19 +518,31 @@ def draw_curves(trainer: Trainer, path: Path) -> None:
 
     history, layers = trainer.history, trainer.model.moe_layers()
     figure, axes = plt.subplots(
-        1 + len(layers), 1, figsize=(9, 3.6 + 1.3 * len(layers)), sharex=True, squeeze=False,
-        layout="constrained", height_ratios=[3] + [1] * len(layers),
+        1 + len(layers),
+        1,
+        figsize=(9, 3.6 + 1.3 * len(layers)),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+        height_ratios=[3] + [1] * len(layers),
     )
     axes = axes[:, 0]
     bits = [loss / math.log(2) for loss in history["loss"]]
     steps = range(1, len(bits) + 1)
     axes[0].plot(steps, bits, color="0.85", linewidth=0.8, label="training, each step")
     axes[0].plot(steps, smooth(bits), label="training, mean of 20 steps")
-    axes[0].plot([h["step"] for h in history["held_out"]],
-                 [h["bits_per_byte"] for h in history["held_out"]], "o-", label="held-out")
-    axes[0].set(ylabel="bits per byte", ylim=(0.95 * min(bits), 1.02 * max(smooth(bits))),
-                title=f"{trainer.o.ffn}: {trainer.active_parameters / 1e6:.1f} M active of "
-                      f"{trainer.total_parameters / 1e6:.1f} M parameters")
+    axes[0].plot(
+        [h["step"] for h in history["held_out"]],
+        [h["bits_per_byte"] for h in history["held_out"]],
+        "o-",
+        label="held-out",
+    )
+    axes[0].set(
+        ylabel="bits per byte",
+        ylim=(0.95 * min(bits), 1.02 * max(smooth(bits))),
+        title=f"{trainer.o.ffn}: {trainer.active_parameters / 1e6:.1f} M active of "
+        f"{trainer.total_parameters / 1e6:.1f} M parameters",
+    )
     axes[0].legend()
     axes[0].grid(alpha=0.3)
     if layers and history["experts"]:
@@ -522,8 +550,13 @@ def draw_curves(trainer: Trainer, path: Path) -> None:
         for index in range(len(layers)):
             shares = torch.tensor([h["share"][index] for h in history["experts"]]).T
             image = axes[1 + index].imshow(
-                shares * trainer.o.experts, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2,
-                interpolation="nearest", extent=(0, at[-1], trainer.o.experts - 0.5, -0.5),
+                shares * trainer.o.experts,
+                aspect="auto",
+                cmap="RdBu_r",
+                vmin=0,
+                vmax=2,
+                interpolation="nearest",
+                extent=(0, at[-1], trainer.o.experts - 0.5, -0.5),
             )
             axes[1 + index].set(ylabel=f"layer {index}\nexpert")
         figure.colorbar(image, ax=list(axes[1:]), label="load over the mean (1 is balanced)")
@@ -550,8 +583,21 @@ def compare(o: Options, out: Path, device: str) -> None:
         trainer = train(options, device=device)
         trainer.evaluate(64)
         report = make_report(trainer)
-        rows.append({"model": name, **{key: report[key] for key in (
-            "parameters", "steps", "seconds", "tokens_per_second", "held_out_bits_per_byte")}})
+        rows.append(
+            {
+                "model": name,
+                **{
+                    key: report[key]
+                    for key in (
+                        "parameters",
+                        "steps",
+                        "seconds",
+                        "tokens_per_second",
+                        "held_out_bits_per_byte",
+                    )
+                },
+            }
+        )
         curve = smooth([loss / math.log(2) for loss in trainer.history["loss"]])
         axes[0].plot(range(1, len(curve) + 1), curve, label=name)
         axes[1].plot(trainer.history["seconds"], curve, label=name)
@@ -562,26 +608,35 @@ def compare(o: Options, out: Path, device: str) -> None:
         axis.legend()
     figure.savefig(out / "compare.png", dpi=110)
     plt.close(figure)
-    (out / "compare.json").write_text(json.dumps({"machine": report["machine"], "rows": rows}, indent=1))
+    (out / "compare.json").write_text(
+        json.dumps({"machine": report["machine"], "rows": rows}, indent=1)
+    )
     print(f"\n{'model':28} {'parameters':>12} {'active':>12} {'tokens/s':>9} {'bits/byte':>10}")
     for row in rows:
-        print(f"{row['model']:28} {row['parameters']['total']:12,} {row['parameters']['active']:12,}"
-              f" {row['tokens_per_second']:9,.0f} {row['held_out_bits_per_byte']:10.3f}")
+        print(
+            f"{row['model']:28} {row['parameters']['total']:12,} {row['parameters']['active']:12,}"
+            f" {row['tokens_per_second']:9,.0f} {row['held_out_bits_per_byte']:10.3f}"
+        )
     print(f"\nwrote compare.png and compare.json to {out}")
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[Options, argparse.Namespace]:
     choices = {
-        "ffn": ["moe_ext", "reference", "dense"], "dense_match": ["active", "parameters"],
-        "recompute": ["activation", "hidden"], "dtype": list(DTYPES),
+        "ffn": ["moe_ext", "reference", "dense"],
+        "dense_match": ["active", "parameters"],
+        "recompute": ["activation", "hidden"],
+        "dtype": list(DTYPES),
     }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for field in dataclasses.fields(Options):
         parser.add_argument(
-            "--" + field.name.replace("_", "-"), type=field.type, default=field.default,
-            choices=choices.get(field.name), help=f"default {field.default}",
+            "--" + field.name.replace("_", "-"),
+            type=field.type,
+            default=field.default,
+            choices=choices.get(field.name),
+            help=f"default {field.default}",
         )
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop training after")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
@@ -601,9 +656,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.out.mkdir(parents=True, exist_ok=True)
     if run.compare:
         return compare(o, run.out, run.device)
-    trainer = train(
-        o, out=run.out, resume=run.resume, seconds=run.seconds, device=run.device
-    )
+    trainer = train(o, out=run.out, resume=run.resume, seconds=run.seconds, device=run.device)
     if trainer.step < o.steps:
         print(f"stopped at step {trainer.step} of {o.steps}; --resume goes on from here")
     bits = trainer.evaluate(64)
@@ -612,8 +665,10 @@ def main(arguments: list[str] | None = None) -> None:
     (run.out / "report.json").write_text(json.dumps(make_report(trainer), indent=1))
     draw_curves(trainer, run.out / "curves.png")
     print(f"\n--- a sample ---\n{sample}\n---\n\n{status(trainer)}")
-    print(f"held-out: {bits:.3f} bits per byte after {trainer.seconds:.0f} s of training, "
-          f"{trainer.active_parameters:,} active of {trainer.total_parameters:,} parameters")
+    print(
+        f"held-out: {bits:.3f} bits per byte after {trainer.seconds:.0f} s of training, "
+        f"{trainer.active_parameters:,} active of {trainer.total_parameters:,} parameters"
+    )
     print(f"wrote checkpoint.safetensors, report.json, curves.png and sample.txt to {run.out}")
 
 

@@ -432,13 +432,13 @@ class MoE(nn.Module):
         """The losses with their coefficients: a float32 scalar."""
         loss = torch.zeros((), device=routed.router_probs.device)
         if self.aux_loss_coef:
-            loss = loss + self.aux_loss_coef * ops.load_balancing_loss(
+            balance = ops.load_balancing_loss(
                 routed.router_probs, routed.topk_ids, token_mask=token_mask
             )
+            loss = loss + (self.aux_loss_coef * balance).float()
         if self.z_loss_coef:
-            loss = loss + self.z_loss_coef * ops.router_z_loss(
-                routed.router_logits, token_mask=token_mask
-            )
+            z_loss = ops.router_z_loss(routed.router_logits, token_mask=token_mask)
+            loss = loss + (self.z_loss_coef * z_loss).float()
         return loss
 
     def _keep(self, loss: Tensor, taken: bool) -> None:

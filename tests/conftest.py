@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 
-
 # Error allowed against an fp64 run of the reference: max|a - b| / max|b|; twice for gradients.
 TOLERANCE = {
     torch.float64: 1e-12,

@@ -1,0 +1,1 @@
+"""One file per foreign contract; none is imported unless asked for."""

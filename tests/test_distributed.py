@@ -1,0 +1,137 @@
+"""DDP and FSDP2 on two gloo processes: the gradients of one process on all the tokens."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import relative_error
+from torch import nn
+
+import moe_ext
+
+H, WORLD = 16, 2
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(H)
+        self.moe = moe_ext.MoE(H, 12, 5, 2, init_std=0.3, shared_intermediate_size=8, bias=True)
+
+    def forward(self, x):
+        return x + self.moe(self.norm(x))
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block())
+
+
+def make_tokens(rank: int, step: int) -> torch.Tensor:
+    return torch.randn(24, H, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def loss_of(model, x):
+    # The balance loss is not linear in the tokens, so each process's own one counts, as in DDP.
+    return model(x).square().mean() + moe_ext.total_aux_loss(model)
+
+
+def single_process_gradients(steps=(0,)) -> dict[str, torch.Tensor]:
+    """What two processes average to."""
+    model = make_model()
+    for step in steps:
+        for rank in range(WORLD):
+            (loss_of(model, make_tokens(rank, step)) / WORLD).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def check(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < 1e-5, name
+
+
+def ddp(rank: int) -> None:
+    model = nn.parallel.DistributedDataParallel(make_model())
+    loss_of(model, make_tokens(rank, 0)).backward()
+    check({n: p.grad for n, p in model.module.named_parameters()}, single_process_gradients())
+    counts = model.module[0].moe.last_stats.tokens_per_expert
+    assert counts.sum() == 24 * 2
+    model.zero_grad()
+    with model.no_sync():
+        loss_of(model, make_tokens(rank, 0)).backward()
+    loss_of(model, make_tokens(rank, 1)).backward()
+    check({n: p.grad for n, p in model.module.named_parameters()}, single_process_gradients((0, 1)))
+
+
+def gather(parameters) -> dict[str, torch.Tensor]:
+    return {name: p.grad.full_tensor() for name, p in parameters}
+
+
+def fsdp(rank: int, folder: str) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+
+    def shard(model):
+        for block in model:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    model = shard(make_model())
+    expected = single_process_gradients()
+    loss_of(model, make_tokens(rank, 0)).backward()
+    check(gather(model.named_parameters()), expected)
+
+    plain = make_model()
+    for name, parameter in plain.named_parameters():
+        parameter.grad = expected[name].clone()
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    sharded_norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1).full_tensor()
+    assert relative_error(sharded_norm, norm) < 1e-5
+    check(gather(model.named_parameters()), {n: p.grad for n, p in plain.named_parameters()})
+
+    # Gradients of two steps, reduced once.
+    model.zero_grad()
+    model.set_requires_gradient_sync(False)
+    loss_of(model, make_tokens(rank, 0)).backward()
+    model.set_requires_gradient_sync(True)
+    loss_of(model, make_tokens(rank, 1)).backward()
+    check(gather(model.named_parameters()), single_process_gradients((0, 1)))
+
+    torch.optim.AdamW(model.parameters(), lr=1e-2).step()
+    x = make_tokens(0, 3)
+    with torch.no_grad():
+        expected_output = model(x)
+    dcp.save(get_model_state_dict(model), checkpoint_id=folder)
+    torch.manual_seed(5)
+    other = shard(nn.Sequential(Block(), Block()))
+    state = get_model_state_dict(other)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(other, state)
+    with torch.no_grad():
+        assert torch.equal(other(x), expected_output)
+
+
+def run_rank(rank: int, port: int, job, arguments) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        job(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("job", [ddp, fsdp])
+def test_gradients_equal_one_process(job, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (str(tmp_path / "checkpoint"),) if job is fsdp else ()
+    mp.spawn(run_rank, (port, job, arguments), nprocs=WORLD)
