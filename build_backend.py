@@ -2,7 +2,7 @@
 
 An extension only loads with the torch it was compiled against, while pip builds in an empty
 environment of its own. So the torch of the environment that pip runs for is asked for there, in
-exactly its version; where there is none, the supported range.
+its version; where there is none, the supported range.
 """
 
 import sysconfig
@@ -24,7 +24,8 @@ def _torch_requirement() -> str:
     # Under build isolation sys.path is pip's, but sysconfig still names the target's own folders.
     paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     for distribution in distributions(name="torch", path=paths):
-        return f"torch=={distribution.version}"
+        # Without the local label: no registry but torch's own has a "2.13.0+cpu".
+        return f"torch=={distribution.version.split('+')[0]}"
     return SUPPORTED_TORCH
 
 

@@ -471,7 +471,7 @@ class MoE(nn.Module):
 
 
 def total_aux_loss(model: nn.Module) -> Tensor:
-    """The sum of `last_aux_loss` over the MoE layers of a model: a float32 scalar to add to the loss.
+    """The sum of `last_aux_loss` over a model's MoE layers: a float32 scalar to add to the loss.
 
     Zero if the model has no such layer, or none has run yet.
     """

@@ -1,4 +1,4 @@
-"""moe_ffn against the reference over sizes, strides, offsets and routings that nobody wrote down."""
+"""Operators against the reference over sizes, strides and routings that nobody wrote down."""
 
 import torch
 from conftest import leaf, relative_error
