@@ -50,9 +50,9 @@ class Options:
     layers: int = 4
     heads: int = 4
     context: int = 256
-    batch: int = 8  # sequences a step
-    steps: int = 700
-    lr: float = 3e-3
+    batch: int = 4  # sequences a step
+    steps: int = 1300
+    lr: float = 2e-3
     recompute: str = "activation"  # what the MoE layers recompute: activation or hidden
     dtype: str = "float32"  # float64, or bfloat16 through autocast
     seed: int = 0

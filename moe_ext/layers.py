@@ -11,7 +11,56 @@ from moe_ext import ops
 from moe_ext.routers import TopKRouter
 
 
-class GroupedExperts(nn.Module):
+class _Experts(nn.Module):
+    """Projections of one expert or of a stack of them: shapes begin with `leading`."""
+
+    def __init__(
+        self,
+        leading: tuple[int, ...],
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str,
+        gated: bool,
+        bias: bool,
+        recompute: str,
+        init_std: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gated = gated
+        self.recompute = recompute
+        self.init_std = init_std
+        self._up_name = "gate_up_proj" if gated else "up_proj"
+        width = 2 * intermediate_size if gated else intermediate_size
+        shapes = {
+            self._up_name: (*leading, width, hidden_size),
+            "down_proj": (*leading, hidden_size, intermediate_size),
+        }
+        if bias:
+            shapes[f"{self._up_name}_bias"] = (*leading, width)
+            shapes["down_proj_bias"] = (*leading, hidden_size)
+        for name, shape in shapes.items():
+            parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation init_std; zero biases."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("_bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=self.init_std)
+
+    def extra_repr(self) -> str:
+        shape = list(getattr(self, self._up_name).shape)
+        return f"{self._up_name}={shape}, activation={self.activation}, recompute={self.recompute}"
+
+
+class GroupedExperts(_Experts):
     """E feed-forward experts with stacked weights, in Hugging Face's layout.
 
     Args:
@@ -39,38 +88,23 @@ class GroupedExperts(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.activation = activation
-        self.gated = gated
-        self.recompute = recompute
-        self.init_std = init_std
-        width = 2 * intermediate_size if gated else intermediate_size
-        self._up_name = "gate_up_proj" if gated else "up_proj"
-        shapes = {
-            self._up_name: (num_experts, width, hidden_size),
-            "down_proj": (num_experts, hidden_size, intermediate_size),
-        }
-        if bias:
-            shapes[f"{self._up_name}_bias"] = (num_experts, width)
-            shapes["down_proj_bias"] = (num_experts, hidden_size)
-        for name, shape in shapes.items():
-            self.register_parameter(
-                name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            )
-        self.reset_parameters()
+        super().__init__(
+            (num_experts,),
+            hidden_size,
+            intermediate_size,
+            activation=activation,
+            gated=gated,
+            bias=bias,
+            recompute=recompute,
+            init_std=init_std,
+            device=device,
+            dtype=dtype,
+        )
         # The operator knows the rules for the options; a run on no tokens applies them now.
         on_meta = {name: parameter.to("meta") for name, parameter in self.named_parameters()}
         tokens = self.down_proj.new_empty(0, hidden_size, device="meta")
         slots = tokens.new_empty(0, 1)
         torch.func.functional_call(self, on_meta, (tokens, slots, slots.long()))
-
-    def reset_parameters(self) -> None:
-        """Normal with standard deviation init_std; zero biases."""
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.endswith("_bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=self.init_std)
 
     def forward(self, tokens: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """tokens [T, H], topk_weights [T, K], topk_ids [T, K] -> [T, H]: `moe_ext.moe_ffn`."""
@@ -88,41 +122,14 @@ class GroupedExperts(nn.Module):
         )
 
 
-class SharedExpert(nn.Module):
+class SharedExpert(_Experts):
     """One expert that sees every token with weight 1; no biases.
 
     Parameters: gate_up_proj [2I, H] or, not gated, up_proj [I, H]; down_proj [H, I].
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        activation: str,
-        gated: bool,
-        recompute: str,
-        init_std: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.activation = activation
-        self.gated = gated
-        self.recompute = recompute
-        self.init_std = init_std
-        width = 2 * intermediate_size if gated else intermediate_size
-        self._up_name = "gate_up_proj" if gated else "up_proj"
-        up = torch.empty(width, hidden_size, device=device, dtype=dtype)
-        down = torch.empty(hidden_size, intermediate_size, device=device, dtype=dtype)
-        self.register_parameter(self._up_name, nn.Parameter(up))
-        self.down_proj = nn.Parameter(down)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal with standard deviation init_std."""
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=self.init_std)
+    def __init__(self, hidden_size: int, intermediate_size: int, **options) -> None:
+        super().__init__((), hidden_size, intermediate_size, bias=False, **options)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [T, H] -> [T, H]: moe_ffn with one expert, for its small activation memory."""
@@ -309,19 +316,21 @@ class MoE(nn.Module):
         self.z_loss_coef = z_loss_coef
         self.inject_aux_loss = inject_aux_loss
         common = {"init_std": init_std, "device": device, "dtype": dtype}
-        self.router = router or TopKRouter(
-            hidden_size,
-            num_experts,
-            top_k,
-            score_function=score_function,
-            renormalize=renormalize,
-            scaling_factor=scaling_factor,
-            temperature=temperature,
-            jitter=jitter,
-            num_groups=num_groups,
-            topk_groups=topk_groups,
-            **common,
-        )
+        if router is None:
+            router = TopKRouter(
+                hidden_size,
+                num_experts,
+                top_k,
+                score_function=score_function,
+                renormalize=renormalize,
+                scaling_factor=scaling_factor,
+                temperature=temperature,
+                jitter=jitter,
+                num_groups=num_groups,
+                topk_groups=topk_groups,
+                **common,
+            )
+        self.router = router
         ffn = {"activation": activation, "gated": gated, "recompute": recompute, **common}
         self.experts = GroupedExperts(num_experts, hidden_size, intermediate_size, bias=bias, **ffn)
         self.shared_expert = (
@@ -350,13 +359,17 @@ class MoE(nn.Module):
     def reset_parameters(self) -> None:
         """Initializes parameters and statistics again, after `to_empty` say."""
         for module in self.children():
-            module.reset_parameters()
+            if hasattr(module, "reset_parameters"):  # a router of the user's need not have it
+                module.reset_parameters()
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
 
     @property
     def last_stats(self) -> MoEStats:
-        """Of the last forward: tokens_per_expert [E] int64, dropped (scalar int64). No sync."""
+        """Of the last forward: tokens_per_expert [E] int64, dropped (scalar int64). No sync.
+
+        The tensors are the layer's own: the next forward overwrites them.
+        """
         return MoEStats(self._tokens_per_expert, self._dropped)
 
     @property

@@ -85,7 +85,7 @@ def test_resume_errors(tmp_path):
         train_lm.train(TINY, out=tmp_path, resume=True, quiet=True)
     train_lm.Trainer(TINY).save(tmp_path / "checkpoint.safetensors")
     other = dataclasses.replace(TINY, top_k=1, lr=1.0)
-    with pytest.raises(SystemExit, match=r"top_k: 2 there, 1 here; lr: 0.003 there, 1.0 here"):
+    with pytest.raises(SystemExit, match=r"top_k: 2 there, 1 here; lr: 0.002 there, 1.0 here"):
         train_lm.train(dataclasses.replace(other, lr=1.0), out=tmp_path, resume=True, quiet=True)
 
 
