@@ -581,6 +581,8 @@ def compare(o: Options, out: Path, device: str) -> None:
     for name, options in variants.items():
         print(f"== {name}")
         trainer = train(options, device=device)
+        if trainer.step < options.steps:
+            raise SystemExit("train_lm: stopped; nothing is compared")
         trainer.evaluate(64)
         report = make_report(trainer)
         rows.append(
@@ -673,4 +675,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # the second Ctrl-C, or one after training; the checkpoint is there
+        raise SystemExit("train_lm: interrupted") from None

@@ -71,14 +71,6 @@ void z_loss_backward_kernel(
 
 // operators
 
-at::Tensor contiguous_mask(const std::optional<at::Tensor>& token_mask) {
-  return token_mask ? token_mask->contiguous() : at::Tensor();
-}
-
-const bool* data_or_null(const at::Tensor& mask) {
-  return mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
-}
-
 std::vector<int64_t> count_experts(const at::Tensor& topk_ids_, const bool* mask, int64_t E) {
   const at::Tensor topk_ids = topk_ids_.contiguous();
   std::vector<int64_t> counts(E, 0);
@@ -99,9 +91,9 @@ std::tuple<at::Tensor, at::Tensor> load_balancing_loss_forward(
     const std::optional<at::Tensor>& token_mask, bool normalize_by_topk) {
   check_load_balancing_loss(router_probs, topk_ids, token_mask);
   const int64_t T = router_probs.size(0), E = router_probs.size(1), K = topk_ids.size(1);
-  const at::Tensor probs = router_probs.to(compute_dtype(router_probs.scalar_type())).contiguous();
-  const at::Tensor mask_tensor = contiguous_mask(token_mask);
-  const bool* mask = data_or_null(mask_tensor);
+  const at::Tensor probs = contiguous_in(router_probs, compute_dtype(router_probs.scalar_type()));
+  const at::Tensor mask_tensor = contiguous_in(token_mask, at::kBool);
+  const bool* mask = data_or_null<bool>(mask_tensor);
   const std::vector<int64_t> counts = count_experts(topk_ids, mask, E);
   const double num_tokens = static_cast<double>(count_unmasked(mask, T));
   auto outputs = empty_load_balancing_loss_outputs(router_probs);
@@ -138,8 +130,8 @@ at::Tensor load_balancing_loss_backward(
     const std::optional<at::Tensor>& token_mask) {
   check_load_balancing_loss_backward(grad_loss, grad_row_, topk_ids, token_mask);
   const at::Tensor grad_row = grad_row_.contiguous();
-  const at::Tensor mask_tensor = contiguous_mask(token_mask);
-  const bool* mask = data_or_null(mask_tensor);
+  const at::Tensor mask_tensor = contiguous_in(token_mask, at::kBool);
+  const bool* mask = data_or_null<bool>(mask_tensor);
   const at::Tensor grad_probs = empty_grad_router_probs(grad_row, topk_ids);
   const int64_t E = grad_row.size(0);
   MOE_DISPATCH_COMPUTE(grad_row.scalar_type(), "load_balancing_loss_backward", [&] {
@@ -161,9 +153,9 @@ at::Tensor router_z_loss(
   check_router_z_loss(router_logits, token_mask);
   const int64_t T = router_logits.size(0), E = router_logits.size(1);
   const at::Tensor logits =
-      router_logits.to(compute_dtype(router_logits.scalar_type())).contiguous();
-  const at::Tensor mask_tensor = contiguous_mask(token_mask);
-  const bool* mask = data_or_null(mask_tensor);
+      contiguous_in(router_logits, compute_dtype(router_logits.scalar_type()));
+  const at::Tensor mask_tensor = contiguous_in(token_mask, at::kBool);
+  const bool* mask = data_or_null<bool>(mask_tensor);
   const at::Tensor out = empty_router_z_loss(router_logits);
   MOE_DISPATCH_COMPUTE(logits.scalar_type(), "router_z_loss", [&] {
     const scalar_t* z = logits.const_data_ptr<scalar_t>();
@@ -183,9 +175,9 @@ at::Tensor router_z_loss_backward(
     const std::optional<at::Tensor>& token_mask) {
   check_router_z_loss_backward(grad_loss, router_logits, token_mask);
   const at::ScalarType dtype = compute_dtype(router_logits.scalar_type());
-  const at::Tensor logits = router_logits.to(dtype).contiguous();
-  const at::Tensor mask_tensor = contiguous_mask(token_mask);
-  const bool* mask = data_or_null(mask_tensor);
+  const at::Tensor logits = contiguous_in(router_logits, dtype);
+  const at::Tensor mask_tensor = contiguous_in(token_mask, at::kBool);
+  const bool* mask = data_or_null<bool>(mask_tensor);
   const int64_t num_tokens = count_unmasked(mask, logits.size(0));
   const at::Tensor grad_logits = at::empty_like(logits);
   MOE_DISPATCH_COMPUTE(dtype, "router_z_loss_backward", [&] {

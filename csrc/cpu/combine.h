@@ -33,20 +33,19 @@ void combine_kernel(
   });
 }
 
-// rows and out differ in dtype where rows are still unrounded sums. weights: compute dtype or none.
+// rows and out differ in dtype where rows are still unrounded sums. weights: contiguous, in the
+// compute dtype, or undefined.
 inline void combine(
-    const at::Tensor& rows_, const at::Tensor& row_map_, const std::optional<at::Tensor>& weights_,
+    const at::Tensor& rows_, const at::Tensor& row_map_, const at::Tensor& weights,
     const at::Tensor& out) {
   const at::Tensor rows = rows_.contiguous();
   const at::Tensor row_map = row_map_.contiguous();
-  const at::Tensor weights = weights_ ? weights_->contiguous() : at::Tensor();
   MOE_DISPATCH_FLOAT(out.scalar_type(), "combine", [&] {
     using compute_t = at::opmath_type<scalar_t>;
     const auto run = [&](const auto* row_data) {
       combine_kernel<std::remove_cv_t<std::remove_pointer_t<decltype(row_data)>>, scalar_t>(
-          row_data, row_map.const_data_ptr<int32_t>(),
-          weights.defined() ? weights.const_data_ptr<compute_t>() : nullptr, row_map.size(0),
-          row_map.size(1), rows.size(1), out.mutable_data_ptr<scalar_t>());
+          row_data, row_map.const_data_ptr<int32_t>(), data_or_null<compute_t>(weights),
+          row_map.size(0), row_map.size(1), rows.size(1), out.mutable_data_ptr<scalar_t>());
     };
     if (rows.scalar_type() == out.scalar_type()) {
       run(rows.const_data_ptr<scalar_t>());

@@ -121,12 +121,12 @@ void expert_ffn_backward(
       const at::Tensor sa = at::empty({block.size(), I}, g.options());
       at::Tensor ds = at::empty({block.size()}, g.options());
       MOE_DISPATCH_COMPUTE(dtype, "activation_backward", [&] {
+        const scalar_t* weights = data_or_null<scalar_t>(source.weight);
         dispatch_activation(activation, gated, [&](auto act) {
           activation_backward_kernel<decltype(act)>(
               h.const_data_ptr<scalar_t>(), g.const_data_ptr<scalar_t>(),
-              source.weight.defined() ? source.weight.const_data_ptr<scalar_t>() + block.begin
-                                      : nullptr,
-              block.size(), I, dh.mutable_data_ptr<scalar_t>(), sa.mutable_data_ptr<scalar_t>(),
+              weights ? weights + block.begin : nullptr, block.size(), I,
+              dh.mutable_data_ptr<scalar_t>(), sa.mutable_data_ptr<scalar_t>(),
               ds.mutable_data_ptr<scalar_t>());
         });
       });
@@ -180,11 +180,6 @@ namespace {
 
 // operators
 
-at::Tensor in_compute_dtype(const std::optional<at::Tensor>& weights, const at::Tensor& tokens) {
-  if (!weights) return {};
-  return weights->to(compute_dtype(tokens.scalar_type())).contiguous();
-}
-
 std::tuple<at::Tensor, at::Tensor> expert_ffn_forward_op(
     const at::Tensor& rows, const at::Tensor& expert_offsets, const at::Tensor& gate_up_proj,
     const at::Tensor& down_proj, const std::optional<at::Tensor>& gate_up_bias,
@@ -196,7 +191,7 @@ std::tuple<at::Tensor, at::Tensor> expert_ffn_forward_op(
   const RowSource source{
       read_offsets("expert_ffn", expert_offsets, rows.size(0)),
       {},
-      in_compute_dtype(row_weights, rows)};
+      contiguous_in(row_weights, compute_dtype(rows.scalar_type()))};
   const at::Tensor out = at::empty(rows.sizes(), rows.options());
   const at::Tensor hidden =
       save_hidden ? empty_hidden(rows, rows.size(0), gate_up_proj) : at::Tensor();
@@ -230,7 +225,9 @@ ExpertFfnGrads expert_ffn_backward_op(
   const at::Tensor row_map = row_map_ ? row_map_->contiguous() : at::Tensor();
   const int64_t num_rows = row_map.defined() ? row_map.numel() : tokens.size(0);
   RowSource source{
-      read_offsets(op, expert_offsets, num_rows), {}, in_compute_dtype(weights, tokens)};
+      read_offsets(op, expert_offsets, num_rows),
+      {},
+      contiguous_in(weights, compute_dtype(tokens.scalar_type()))};
   at::Tensor slot_of_row;
   if (row_map.defined()) {
     slot_of_row = invert_row_map(op, row_map, num_rows).narrow(0, 0, source.offsets.back());
@@ -250,7 +247,7 @@ ExpertFfnGrads expert_ffn_backward_op(
 
   if (grad_tokens.defined()) {
     if (row_map.defined()) {
-      combine(grads.rows, row_map, std::nullopt, grad_tokens);
+      combine(grads.rows, row_map, {}, grad_tokens);
     } else {
       zero_tail(grads.rows, source.offsets.back());
       grad_tokens.copy_(grads.rows);

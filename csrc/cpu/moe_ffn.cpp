@@ -33,7 +33,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
   expert_ffn_forward(tokens, source, experts, parsed, gated, finished, hidden);
 
   const at::Tensor out = at::empty(tokens.sizes(), tokens.options());
-  combine(finished, row_map, topk_weights.to(options), out);
+  combine(finished, row_map, contiguous_in(topk_weights, finished.scalar_type()), out);
   return {out, hidden, row_map, expert_offsets};
 }
 

@@ -48,7 +48,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute(
 at::Tensor permute_backward(const at::Tensor& grad_permuted, const at::Tensor& row_map) {
   check_permute_backward(grad_permuted, row_map);
   const at::Tensor grad_tokens = empty_unpermuted(grad_permuted, row_map);
-  combine(grad_permuted, row_map, std::nullopt, grad_tokens);
+  combine(grad_permuted, row_map, {}, grad_tokens);
   return grad_tokens;
 }
 

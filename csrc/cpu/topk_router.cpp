@@ -131,19 +131,6 @@ void router_weights_backward_kernel(
 
 // operators
 
-at::Tensor in_dtype(const at::Tensor& tensor, at::ScalarType dtype) {
-  return tensor.to(dtype).contiguous();
-}
-
-at::Tensor in_dtype(const std::optional<at::Tensor>& tensor, at::ScalarType dtype) {
-  return tensor ? in_dtype(*tensor, dtype) : at::Tensor();
-}
-
-template <class T>
-const T* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_router(
     const at::Tensor& router_logits, int64_t top_k, c10::string_view score_function,
     bool renormalize, double scaling_factor, const std::optional<at::Tensor>& expert_bias,
@@ -152,8 +139,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_router(
       router_logits, top_k, score_function, renormalize, scaling_factor, expert_bias, num_groups,
       topk_groups);
   const at::ScalarType dtype = compute_dtype(router_logits.scalar_type());
-  const at::Tensor logits = in_dtype(router_logits, dtype);
-  const at::Tensor bias = in_dtype(expert_bias, dtype);
+  const at::Tensor logits = contiguous_in(router_logits, dtype);
+  const at::Tensor bias = contiguous_in(expert_bias, dtype);
   const auto outputs = empty_topk_router_outputs(router_logits, top_k);
   MOE_DISPATCH_COMPUTE(dtype, "topk_router", [&] {
     dispatch_score_function(options.score_function, [&](auto score) {
@@ -172,8 +159,8 @@ std::tuple<at::Tensor, at::Tensor> router_weights(
     bool renormalize, double scaling_factor) {
   const ScoreFunction parsed = check_router_weights(router_logits, topk_ids, score_function);
   const at::ScalarType dtype = compute_dtype(router_logits.scalar_type());
-  const at::Tensor logits = in_dtype(router_logits, dtype);
-  const at::Tensor ids = in_dtype(topk_ids, at::kLong);
+  const at::Tensor logits = contiguous_in(router_logits, dtype);
+  const at::Tensor ids = contiguous_in(topk_ids, at::kLong);
   const auto outputs = empty_router_weights_outputs(router_logits, topk_ids);
   MOE_DISPATCH_COMPUTE(dtype, "router_weights", [&] {
     dispatch_score_function(parsed, [&](auto score) {
@@ -194,10 +181,10 @@ at::Tensor router_weights_backward(
   const ScoreFunction parsed = check_router_weights_backward(
       grad_weights_, grad_probs_, router_logits, topk_ids, score_function);
   const at::ScalarType dtype = compute_dtype(router_logits.scalar_type());
-  const at::Tensor logits = in_dtype(router_logits, dtype);
-  const at::Tensor ids = in_dtype(topk_ids, at::kLong);
-  const at::Tensor grad_weights = in_dtype(grad_weights_, dtype);
-  const at::Tensor grad_probs = in_dtype(grad_probs_, dtype);
+  const at::Tensor logits = contiguous_in(router_logits, dtype);
+  const at::Tensor ids = contiguous_in(topk_ids, at::kLong);
+  const at::Tensor grad_weights = contiguous_in(grad_weights_, dtype);
+  const at::Tensor grad_probs = contiguous_in(grad_probs_, dtype);
   const at::Tensor grad_logits = empty_like_contiguous(logits);
   MOE_DISPATCH_COMPUTE(dtype, "router_weights_backward", [&] {
     dispatch_score_function(parsed, [&](auto score) {

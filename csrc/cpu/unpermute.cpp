@@ -47,19 +47,13 @@ void unpermute_backward_kernel(
 
 // operators
 
-std::optional<at::Tensor> in_compute_dtype(
-    const std::optional<at::Tensor>& weights, const at::Tensor& rows) {
-  if (!weights) return std::nullopt;
-  return weights->to(compute_dtype(rows.scalar_type())).contiguous();
-}
-
 at::Tensor unpermute(
     const at::Tensor& rows, const at::Tensor& row_map,
     const std::optional<at::Tensor>& topk_weights) {
   check_unpermute(rows, row_map, topk_weights);
   invert_row_map("unpermute", row_map, rows.size(0));  // for its checks
   const at::Tensor out = empty_unpermuted(rows, row_map);
-  combine(rows, row_map, in_compute_dtype(topk_weights, rows), out);
+  combine(rows, row_map, contiguous_in(topk_weights, compute_dtype(rows.scalar_type())), out);
   return out;
 }
 
@@ -69,18 +63,18 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward(
   check_unpermute_backward(grad_out_, rows_, row_map, topk_weights);
   const at::Tensor grad_out = grad_out_.contiguous();
   const at::Tensor rows = rows_.contiguous();
-  const auto weights = in_compute_dtype(topk_weights, rows);
+  const at::Tensor weights = contiguous_in(topk_weights, compute_dtype(rows.scalar_type()));
   const at::Tensor slot_of_row = invert_row_map("_unpermute_backward", row_map, rows.size(0));
   at::Tensor grad_rows, grad_weights;
   if (output_mask[0]) grad_rows = at::empty_like(rows);
-  if (output_mask[1] && weights) grad_weights = at::zeros_like(*weights);
+  if (output_mask[1] && weights.defined()) grad_weights = at::zeros_like(weights);
   MOE_DISPATCH_FLOAT(rows.scalar_type(), "unpermute_backward", [&] {
     using compute_t = at::opmath_type<scalar_t>;
     unpermute_backward_kernel<scalar_t, compute_t>(
         grad_out.const_data_ptr<scalar_t>(), rows.const_data_ptr<scalar_t>(),
-        slot_of_row.const_data_ptr<int32_t>(),
-        weights ? weights->const_data_ptr<compute_t>() : nullptr, rows.size(0), row_map.size(1),
-        rows.size(1), grad_rows.defined() ? grad_rows.mutable_data_ptr<scalar_t>() : nullptr,
+        slot_of_row.const_data_ptr<int32_t>(), data_or_null<compute_t>(weights), rows.size(0),
+        row_map.size(1), rows.size(1),
+        grad_rows.defined() ? grad_rows.mutable_data_ptr<scalar_t>() : nullptr,
         grad_weights.defined() ? grad_weights.mutable_data_ptr<compute_t>() : nullptr);
   });
   if (grad_weights.defined()) grad_weights = grad_weights.to(topk_weights->scalar_type());

@@ -5,6 +5,8 @@
 #include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 // Runs the lambda with `scalar_t` for every dtype that tokens and experts' weights may have.
 #define MOE_DISPATCH_FLOAT(TYPE, NAME, ...)                                                \
   AT_DISPATCH_SWITCH(                                                                      \
@@ -28,6 +30,19 @@ inline bool is_supported_float(at::ScalarType dtype) {
 // fp32, or fp64 for fp64: what sums are kept in, and the whole of the router's mathematics.
 inline at::ScalarType compute_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The values as a contiguous tensor of dtype; an absent tensor stays undefined.
+inline at::Tensor contiguous_in(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.to(dtype).contiguous();
+}
+inline at::Tensor contiguous_in(const std::optional<at::Tensor>& tensor, at::ScalarType dtype) {
+  return tensor ? contiguous_in(*tensor, dtype) : at::Tensor();
+}
+
+template <class T>
+const T* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
 }
 
 }  // namespace moe_ext
