@@ -44,7 +44,8 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds \
+	  --benchmark-group-by=func --benchmark-sort=name $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

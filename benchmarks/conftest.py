@@ -14,7 +14,13 @@ def _cpu_model() -> str:
     return platform.machine()
 
 
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    for row in output_json["benchmarks"]:
+        row["stats"].pop("data")  # every single round
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.pop("node")
     machine_info["cpu_model"] = _cpu_model()
     machine_info["threads"] = torch.get_num_threads()
     machine_info["torch"] = torch.__version__

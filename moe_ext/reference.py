@@ -174,9 +174,10 @@ def grouped_linear(
     """rows [N, H], weight [E, O, H], bias [E, O] -> [N, O]; rows past expert_offsets[E] are 0."""
     offsets = expert_offsets.tolist()
     out = [rows.new_zeros(0, weight.shape[1])]
-    for e in range(weight.shape[0]):
-        y = rows[offsets[e] : offsets[e + 1]] @ weight[e].T
-        out.append(y if bias is None else y + bias[e])
+    biases = [None] * weight.shape[0] if bias is None else bias.unbind(0)
+    # unbind, since the gradient of weight[e] would be as large as the whole stack.
+    for e, (w, b) in enumerate(zip(weight.unbind(0), biases, strict=True)):
+        out.append(F.linear(rows[offsets[e] : offsets[e + 1]], w, b))
     out.append(rows.new_zeros(rows.shape[0] - offsets[-1], weight.shape[1]))
     return torch.cat(out)
 
