@@ -226,6 +226,7 @@ class Trainer:
         )
         train, held_out = text_files()
         self.text, self.held_out = read_text(train), read_text(held_out)
+        self.text_id = f"{zlib.crc32(self.text.numpy()):08x}"
         self.step = 0
         self.seconds = 0.0
         self.balance = 1.0  # the largest load of an expert over the mean, in the worst layer
@@ -308,6 +309,7 @@ class Trainer:
                 tensors[f"optimizer.{key}.{name}"] = value
         metadata = {
             "options": json.dumps(dataclasses.asdict(self.o)),
+            "text": self.text_id,
             "progress": json.dumps({"step": self.step, "seconds": self.seconds}),
             "history": json.dumps(self.history),
         }
@@ -327,6 +329,8 @@ class Trainer:
             ]
             if differing:
                 raise SystemExit(f"train_lm: {path} is of other options ({'; '.join(differing)})")
+            if metadata["text"] != self.text_id:
+                raise SystemExit(f"train_lm: {path} is of another Python's library, another text")
             names = [key.removeprefix("model.") for key in file.keys() if key.startswith("model.")]
             self.model.load_state_dict({name: file.get_tensor(f"model.{name}") for name in names})
             keys = {key.split(".")[1] for key in file.keys() if key.startswith("optimizer.")}
