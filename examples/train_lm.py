@@ -17,14 +17,13 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import signal
-import sys
 import sysconfig
 import time
 import zlib
 from pathlib import Path
 
+import lm_report
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -378,7 +377,7 @@ def train(
     evaluate_every = max(1, o.steps // 10)
     deadline = time.monotonic() + seconds
     saved_at = time.monotonic()
-    with Interrupt() as interrupt, make_progress(trainer, quiet) as progress:
+    with Interrupt() as interrupt, lm_report.make_progress(trainer, quiet) as progress:
         while trainer.step < o.steps:
             trainer.train_step()
             if trainer.step % evaluate_every == 0 and trainer.step < o.steps:
@@ -395,235 +394,25 @@ def train(
     return trainer
 
 
-# --- what is shown and written -----------------------------------------------------------------
-
-
-class PlainProgress:
-    """A line now and then, where the output is no terminal."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.shown = trainer, -math.inf
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception) -> None:
-        pass
-
-    def show(self) -> None:
-        if time.monotonic() - self.shown > 10 or self.trainer.step == self.trainer.o.steps:
-            self.shown = time.monotonic()
-            print(
-                f"step {self.trainer.step}/{self.trainer.o.steps}  {status(self.trainer)}",
-                flush=True,
-            )
-
-
-class LiveProgress:
-    """A bar with the figures of the moment."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.trainer = trainer
-        self.progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-        )
-
-    def __enter__(self):
-        self.progress.start()
-        self.task = self.progress.add_task("", total=self.trainer.o.steps)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.progress.stop()
-
-    def show(self) -> None:
-        self.progress.update(
-            self.task, completed=self.trainer.step, description=status(self.trainer)
-        )
-
-
-class NoProgress(contextlib.nullcontext):
-    def __enter__(self):
-        return self
-
-    def show(self) -> None:
-        pass
-
-
-def make_progress(trainer: Trainer, quiet: bool):
-    if quiet:
-        return NoProgress()
-    return (LiveProgress if sys.stdout.isatty() else PlainProgress)(trainer)
-
-
-def tokens_per_second(trainer: Trainer) -> float:
-    return trainer.step * trainer.o.batch * trainer.o.context / max(trainer.seconds, 1e-9)
-
-
-def status(trainer: Trainer) -> str:
-    recent = trainer.history["loss"][-20:]
-    text = f"loss {sum(recent) / len(recent):.3f}  {tokens_per_second(trainer):,.0f} tokens/s"
-    if trainer.history["held_out"]:
-        text += f"  held-out {trainer.history['held_out'][-1]['bits_per_byte']:.3f} bits/byte"
-    if trainer.model.moe_layers():
-        text += f"  max/mean load {trainer.balance:.2f}"
-    return text
-
-
-def cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def make_report(trainer: Trainer) -> dict:
-    last = trainer.history["experts"][-1]["share"] if trainer.history["experts"] else []
-    return {
-        "options": dataclasses.asdict(trainer.o),
-        "machine": {
-            "cpu": cpu_model(),
-            "threads": torch.get_num_threads(),
-            "device": trainer.device,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "moe_ext": moe_ext.__version__,
-        },
-        "parameters": {"total": trainer.total_parameters, "active": trainer.active_parameters},
-        "steps": trainer.step,
-        "bytes_seen": trainer.step * trainer.o.batch * trainer.o.context,
-        "seconds": trainer.seconds,
-        "tokens_per_second": tokens_per_second(trainer),
-        "held_out_bits_per_byte": trainer.history["held_out"][-1]["bits_per_byte"],
-        "max_over_mean_load": trainer.balance,
-        "smallest_expert_share": min((min(share) for share in last), default=None),
-        "history": trainer.history,
-    }
-
-
-def smooth(values: list[float], window: int = 20) -> list[float]:
-    return [
-        sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))
-    ]
-
-
-def draw_curves(trainer: Trainer, path: Path) -> None:
-    """The loss, and each layer's share of tokens per expert over time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    history, layers = trainer.history, trainer.model.moe_layers()
-    figure, axes = plt.subplots(
-        1 + len(layers),
-        1,
-        figsize=(9, 3.6 + 1.3 * len(layers)),
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-        height_ratios=[3] + [1] * len(layers),
-    )
-    axes = axes[:, 0]
-    bits = [loss / math.log(2) for loss in history["loss"]]
-    steps = range(1, len(bits) + 1)
-    axes[0].plot(steps, bits, color="0.85", linewidth=0.8, label="training, each step")
-    axes[0].plot(steps, smooth(bits), label="training, mean of 20 steps")
-    axes[0].plot(
-        [h["step"] for h in history["held_out"]],
-        [h["bits_per_byte"] for h in history["held_out"]],
-        "o-",
-        label="held-out",
-    )
-    axes[0].set(
-        ylabel="bits per byte",
-        ylim=(0.95 * min(bits), 1.02 * max(smooth(bits))),
-        title=f"{trainer.o.ffn}: {trainer.active_parameters / 1e6:.1f} M active of "
-        f"{trainer.total_parameters / 1e6:.1f} M parameters",
-    )
-    axes[0].legend()
-    axes[0].grid(alpha=0.3)
-    if layers and history["experts"]:
-        at = [h["step"] for h in history["experts"]]
-        for index in range(len(layers)):
-            shares = torch.tensor([h["share"][index] for h in history["experts"]]).T
-            image = axes[1 + index].imshow(
-                shares * trainer.o.experts,
-                aspect="auto",
-                cmap="RdBu_r",
-                vmin=0,
-                vmax=2,
-                interpolation="nearest",
-                extent=(0, at[-1], trainer.o.experts - 0.5, -0.5),
-            )
-            axes[1 + index].set(ylabel=f"layer {index}\nexpert")
-        figure.colorbar(image, ax=list(axes[1:]), label="load over the mean (1 is balanced)")
-    axes[-1].set(xlabel="step")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+# --- the command -------------------------------------------------------------------------------
 
 
 def compare(o: Options, out: Path, device: str) -> None:
-    """The MoE beside a dense model of equal active FLOPs and one of equal parameters."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows, figure, axes = [], *plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    """Trains the MoE, a dense model of equal active FLOPs and one of equal parameters."""
     variants = {
         "MoE": dataclasses.replace(o, ffn="moe_ext"),
         "dense, equal active FLOPs": dataclasses.replace(o, ffn="dense", dense_match="active"),
         "dense, equal parameters": dataclasses.replace(o, ffn="dense", dense_match="parameters"),
     }
+    reports = {}
     for name, options in variants.items():
         print(f"== {name}")
         trainer = train(options, device=device)
         if trainer.step < options.steps:
             raise SystemExit("train_lm: stopped; nothing is compared")
         trainer.evaluate(64)
-        report = make_report(trainer)
-        rows.append(
-            {
-                "model": name,
-                **{
-                    key: report[key]
-                    for key in (
-                        "parameters",
-                        "steps",
-                        "seconds",
-                        "tokens_per_second",
-                        "held_out_bits_per_byte",
-                    )
-                },
-            }
-        )
-        curve = smooth([loss / math.log(2) for loss in trainer.history["loss"]])
-        axes[0].plot(range(1, len(curve) + 1), curve, label=name)
-        axes[1].plot(trainer.history["seconds"], curve, label=name)
-    axes[0].set(xlabel="step", ylabel="training bits per byte (mean of 20 steps)", ylim=(None, 5))
-    axes[1].set(xlabel="seconds of training")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(out / "compare.png", dpi=110)
-    plt.close(figure)
-    (out / "compare.json").write_text(
-        json.dumps({"machine": report["machine"], "rows": rows}, indent=1)
-    )
-    print(f"\n{'model':28} {'parameters':>12} {'active':>12} {'tokens/s':>9} {'bits/byte':>10}")
-    for row in rows:
-        print(
-            f"{row['model']:28} {row['parameters']['total']:12,} {row['parameters']['active']:12,}"
-            f" {row['tokens_per_second']:9,.0f} {row['held_out_bits_per_byte']:10.3f}"
-        )
-    print(f"\nwrote compare.png and compare.json to {out}")
+        reports[name] = lm_report.make_report(trainer)
+    lm_report.write_comparison(reports, out)
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[Options, argparse.Namespace]:
@@ -668,9 +457,9 @@ def main(arguments: list[str] | None = None) -> None:
     bits = trainer.evaluate(64)
     sample = trainer.sample(b"def ", 320)
     (run.out / "sample.txt").write_text(sample)
-    (run.out / "report.json").write_text(json.dumps(make_report(trainer), indent=1))
-    draw_curves(trainer, run.out / "curves.png")
-    print(f"\n--- a sample ---\n{sample}\n---\n\n{status(trainer)}")
+    (run.out / "report.json").write_text(json.dumps(lm_report.make_report(trainer), indent=1))
+    lm_report.draw_curves(trainer, run.out / "curves.png")
+    print(f"\n--- a sample ---\n{sample}\n---\n\n{lm_report.status(trainer)}")
     print(
         f"held-out: {bits:.3f} bits per byte after {trainer.seconds:.0f} s of training, "
         f"{trainer.active_parameters:,} active of {trainer.total_parameters:,} parameters"
