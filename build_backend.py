@@ -12,7 +12,6 @@ from setuptools.build_meta import (  # noqa: F401
     build_editable,
     build_sdist,
     build_wheel,
-    get_requires_for_build_sdist,
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
@@ -35,3 +34,4 @@ def get_requires_for_build_wheel(config_settings=None) -> list[str]:
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel
+get_requires_for_build_sdist = get_requires_for_build_wheel  # it runs setup.py too
