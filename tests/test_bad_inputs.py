@@ -273,14 +273,18 @@ def test_good_inputs_pass(op):
     function(**good(op))
 
 
-@pytest.mark.parametrize("op,change,error,message", [row for row in BAD if row[2] is not X])
+def is_for_fake_tensors(row) -> bool:
+    """Not the checks of values, nor a mix of devices, which torch refuses itself there."""
+    _, change, error, _ = row
+    return error is not X and not any(torch.is_tensor(v) and v.is_meta for v in change.values())
+
+
+@pytest.mark.parametrize("op,change,error,message", [*filter(is_for_fake_tensors, BAD)])
 def test_same_error_under_fake_tensors(op, change, error, message):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     function = getattr(moe_ext, op, None) or getattr(torch.ops.moe_ext, op)
     arguments = {**good(op), **change}
-    if any(torch.is_tensor(value) and value.is_meta for value in arguments.values()):
-        pytest.skip("torch refuses mixed fake devices itself")
     with FakeTensorMode() as mode, pytest.raises(error) as caught:
         function(
             **{

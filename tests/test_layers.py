@@ -407,11 +407,17 @@ def test_export(variant):
         assert relative_error(program.module()(x), layer(x)) < 1e-6
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("how", ["total", "returned", "inject"])
-def test_activation_checkpointing(compiled, how):
-    if compiled and how == "total":
-        pytest.skip("a compiled checkpoint can't assign; return or inject the loss there")
+@pytest.mark.parametrize(
+    "how,compiled",
+    [
+        ("total", False),  # a compiled checkpoint can't keep the loss: see the next test
+        ("returned", False),
+        ("returned", True),
+        ("inject", False),
+        ("inject", True),
+    ],
+)
+def test_activation_checkpointing(how, compiled):
     layer = make_layer(inject_aux_loss=how == "inject", aux_loss_coef=0.5)
     x = torch.randn(20, H)
 
@@ -438,6 +444,18 @@ def test_activation_checkpointing(compiled, how):
         results.append((loss.detach(), inputs.grad, stats, *grads_of(layer).values()))
     for a, b in zip(*results, strict=True):
         assert relative_error(b, a) < 1e-6
+
+
+def test_compiled_checkpoint_says_that_it_cannot_keep_the_loss():
+    layer = make_layer()
+    run = torch.compile(
+        lambda x: checkpoint(layer, x, use_reentrant=False), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="side effect"):
+        run(leaf(torch.randn(4, H)))
+    layer.aux_loss_coef = 0.0  # nothing to keep
+    torch.compiler.reset()
+    run(leaf(torch.randn(4, H)))
 
 
 def test_idle_and_frozen_experts():
