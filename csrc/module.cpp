@@ -1,7 +1,9 @@
-// moe_ext._C: importing it runs the operators' registrations. It exposes facts of the build and
-// never a tensor; tensors go through the dispatcher.
+// moe_ext._C: importing it runs the operators' registrations. It exposes facts of the build and of
+// the machine and never a tensor; tensors go through the dispatcher.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
+
+#include "cpu/kernels/kernels.h"
 
 namespace {
 
@@ -27,4 +29,10 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of moe_ext; the operators are in torch.ops.moe_ext.";
   m.def("build_info", &build_info, "What this extension was built with.");
+  m.def(
+      "cpu_isa", [] { return moe_ext::kernels::current().isa; },
+      "The instruction set that the CPU operators run on.");
+  m.def(
+      "set_cpu_isa", &moe_ext::kernels::set_isa,
+      "Caps the instruction set; False if this machine lacks it.");
 }

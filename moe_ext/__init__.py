@@ -53,6 +53,26 @@ def build_info() -> dict[str, object]:
     return _C.build_info()
 
 
+def cpu_isa() -> str:
+    """The instruction set that the CPU operators run on: the best of generic, avx2, avx512 and
+    avx512_bf16 that this machine and its operating system allow, or the one `set_cpu_isa` chose."""
+    return _C.cpu_isa()
+
+
+def set_cpu_isa(name: str) -> None:
+    """Makes the CPU operators run on an instruction set: generic, avx2, avx512 or avx512_bf16.
+    For tests and measurements; it holds for the whole process, from the next call on. Results on
+    different instruction sets agree within rounding, not in bits.
+
+    Raises ValueError if the name is unknown or the machine has no such instructions.
+    """
+    if not _C.set_cpu_isa(name):
+        raise ValueError(
+            "set_cpu_isa: name must be generic, avx2, avx512 or avx512_bf16, and this machine "
+            f"must have it, got {name!r}"
+        )
+
+
 __all__ = [
     "GroupedExperts",
     "MoE",
@@ -61,12 +81,14 @@ __all__ = [
     "TopKRouter",
     "__version__",
     "build_info",
+    "cpu_isa",
     "expert_ffn",
     "load_balancing_loss",
     "moe_ffn",
     "permute",
     "reference",
     "router_z_loss",
+    "set_cpu_isa",
     "topk_router",
     "total_aux_loss",
     "unpermute",

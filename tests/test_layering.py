@@ -12,14 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 CPP_LAYERS = {
     "common": {"allowed": {"common"}, "torch": False},
     "ops": {"allowed": {"common", "ops"}, "torch": True},
-    "cpu": {"allowed": {"common", "ops", "cpu"}, "torch": True},
+    "cpu": {"allowed": {"common", "ops", "cpu", "cpu/kernels"}, "torch": True},
     "cpu/kernels": {"allowed": {"common", "cpu/kernels"}, "torch": False},
     "cuda": {"allowed": {"common", "ops", "cuda"}, "torch": True},
     "cuda/kernels": {"allowed": {"common", "cuda/kernels"}, "torch": False},
     "meta": {"allowed": {"ops"}, "torch": True},
     "autograd": {"allowed": {"autograd"}, "torch": True},
     "autocast": {"allowed": set(), "torch": True},
-    "": {"allowed": set(), "torch": True},  # schema.cpp, module.cpp
+    "": {"allowed": {"cpu/kernels"}, "torch": True},  # schema.cpp, module.cpp
 }
 TORCH = re.compile(r"^(ATen|c10|torch)/")
 INCLUDE = re.compile(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', re.MULTILINE)

@@ -13,14 +13,30 @@
 
 namespace moe_ext {
 
+enum class Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kIdentity, kSwigluClamped };
+
+// T is float, double, or a vector type that brings its own exp, erfc and select.
+using std::erfc;
+using std::exp;
+
+template <class T>
+MOE_HOST_DEVICE T select(bool condition, T yes, T no) {
+  return condition ? yes : no;
+}
+
+template <class T>
+MOE_HOST_DEVICE T sigmoid(T x) {
+  return T(1) / (T(1) + exp(-x));
+}
+
 struct Silu {
   template <class T>
   static MOE_HOST_DEVICE T value(T x) {
-    return x / (T(1) + std::exp(-x));
+    return x / (T(1) + exp(-x));
   }
   template <class T>
   static MOE_HOST_DEVICE T slope(T x) {
-    const T s = T(1) / (T(1) + std::exp(-x));
+    const T s = sigmoid(x);
     return s * (T(1) + x * (T(1) - s));
   }
 };
@@ -29,44 +45,50 @@ struct Silu {
 struct Gelu {
   template <class T>
   static MOE_HOST_DEVICE T value(T x) {
-    return T(0.5) * x * (T(1) + std::erf(x * T(0.70710678118654752440)));
+    return x * cdf(x);
   }
   template <class T>
   static MOE_HOST_DEVICE T slope(T x) {
-    const T cdf = T(0.5) * (T(1) + std::erf(x * T(0.70710678118654752440)));
-    const T pdf = T(0.39894228040143267794) * std::exp(T(-0.5) * x * x);
-    return cdf + x * pdf;
+    const T pdf = T(0.39894228040143267794) * exp(T(-0.5) * x * x);
+    return cdf(x) + x * pdf;
+  }
+
+ private:
+  template <class T>
+  static MOE_HOST_DEVICE T cdf(T x) {
+    return T(0.5) * erfc(x * T(-0.70710678118654752440));
   }
 };
 
-// The tanh approximation of Gelu (Hendrycks and Gimpel, arXiv 1606.08415).
+// The tanh approximation of Gelu (Hendrycks and Gimpel, arXiv 1606.08415), by
+// (1 + tanh(u)) / 2 = sigmoid(2 u), which loses no digits where tanh is near -1.
 struct GeluTanh {
   template <class T>
   static MOE_HOST_DEVICE T value(T x) {
-    return T(0.5) * x * (T(1) + std::tanh(inner(x)));
+    return x * sigmoid(inner(x));
   }
   template <class T>
   static MOE_HOST_DEVICE T slope(T x) {
-    const T t = std::tanh(inner(x));
-    const T inner_slope = T(0.79788456080286535588) * (T(1) + T(3 * 0.044715) * x * x);
-    return T(0.5) * (T(1) + t) + T(0.5) * x * (T(1) - t * t) * inner_slope;
+    const T s = sigmoid(inner(x));
+    const T inner_slope = T(1.59576912160573071176) * (T(1) + T(3 * 0.044715) * x * x);
+    return s + x * s * (T(1) - s) * inner_slope;
   }
 
  private:
   template <class T>
   static MOE_HOST_DEVICE T inner(T x) {
-    return T(0.79788456080286535588) * (x + T(0.044715) * x * x * x);
+    return T(1.59576912160573071176) * (x + T(0.044715) * x * x * x);
   }
 };
 
 struct Relu {
   template <class T>
   static MOE_HOST_DEVICE T value(T x) {
-    return x < T(0) ? T(0) : x;
+    return select(x < T(0), T(0), x);
   }
   template <class T>
   static MOE_HOST_DEVICE T slope(T x) {
-    return x > T(0) ? T(1) : T(0);
+    return select(x > T(0), T(1), T(0));
   }
 };
 
@@ -74,11 +96,11 @@ struct Relu {
 struct Relu2 {
   template <class T>
   static MOE_HOST_DEVICE T value(T x) {
-    return x < T(0) ? T(0) : x * x;
+    return select(x < T(0), T(0), x * x);
   }
   template <class T>
   static MOE_HOST_DEVICE T slope(T x) {
-    return x > T(0) ? T(2) * x : T(0);
+    return select(x > T(0), T(2) * x, T(0));
   }
 };
 
@@ -129,15 +151,15 @@ struct SwigluClamped {
   template <class T>
   static MOE_HOST_DEVICE T value(T gate, T up) {
     const T g = clamp_gate(gate);
-    return (clamp_up(up) + T(1)) * g / (T(1) + std::exp(T(-kAlpha) * g));
+    return (clamp_up(up) + T(1)) * g / (T(1) + exp(T(-kAlpha) * g));
   }
   template <class T>
   static MOE_HOST_DEVICE void grad(T gate, T up, T d, T* dgate, T* dup) {
     const T g = clamp_gate(gate);
-    const T s = T(1) / (T(1) + std::exp(T(-kAlpha) * g));
+    const T s = sigmoid(T(kAlpha) * g);
     const T slope = s + T(kAlpha) * g * s * (T(1) - s);
-    *dgate = gate > T(kLimit) ? T(0) : d * (clamp_up(up) + T(1)) * slope;
-    *dup = (up > T(kLimit) || up < T(-kLimit)) ? T(0) : d * g * s;
+    *dgate = select(gate > T(kLimit), T(0), d * (clamp_up(up) + T(1)) * slope);
+    *dup = select(up > T(kLimit), T(0), select(up < T(-kLimit), T(0), d * g * s));
   }
 
  private:
@@ -145,12 +167,37 @@ struct SwigluClamped {
   static constexpr double kLimit = 7.0;
   template <class T>
   static MOE_HOST_DEVICE T clamp_gate(T gate) {
-    return gate > T(kLimit) ? T(kLimit) : gate;
+    return select(gate > T(kLimit), T(kLimit), gate);
   }
   template <class T>
   static MOE_HOST_DEVICE T clamp_up(T up) {
-    return up > T(kLimit) ? T(kLimit) : (up < T(-kLimit) ? T(-kLimit) : up);
+    return select(up > T(kLimit), T(kLimit), select(up < T(-kLimit), T(-kLimit), up));
   }
 };
+
+// Calls fn with a value of the activation's type: Gated<F>, Ungated<F> or SwigluClamped.
+template <class Fn>
+void dispatch_activation(Activation activation, bool gated, const Fn& fn) {
+  const auto with = [&](auto f) {
+    using F = decltype(f);
+    gated ? fn(Gated<F>{}) : fn(Ungated<F>{});
+  };
+  switch (activation) {
+    case Activation::kSilu:
+      return with(Silu{});
+    case Activation::kGelu:
+      return with(Gelu{});
+    case Activation::kGeluTanh:
+      return with(GeluTanh{});
+    case Activation::kRelu:
+      return with(Relu{});
+    case Activation::kRelu2:
+      return with(Relu2{});
+    case Activation::kIdentity:
+      return with(Identity{});
+    case Activation::kSwigluClamped:
+      return fn(SwigluClamped{});
+  }
+}
 
 }  // namespace moe_ext

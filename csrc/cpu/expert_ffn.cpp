@@ -1,179 +1,242 @@
 #include "cpu/expert_ffn.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/mv.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "cpu/combine.h"
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/grouped_gemm.h"
+#include "cpu/operands.h"
 #include "cpu/plan.h"
 
 namespace moe_ext::cpu {
 namespace {
 
-// kernels
+// The experts' weights as the kernels read them: a copy only of what has no dense dimension.
+struct ExpertOperands {
+  at::Tensor gate_up_proj, down_proj, gate_up_bias, down_bias;
+  int64_t E, H, I, width;
+  bool gated;
 
-// a [m, I] from h [m, W]; W is 2I (gate, then up) or I.
-template <class Act, class T>
-void activation_kernel(const T* h, int64_t m, int64_t I, T* a) {
-  const int64_t W = Act::kGated ? 2 * I : I;
-  for (int64_t r = 0; r < m; ++r) {
-    const T* gate = h + r * W;
-    const T* up = gate + (W - I);
-    for (int64_t i = 0; i < I; ++i) a[r * I + i] = Act::value(gate[i], up[i]);
+  ExpertOperands(const ExpertWeights& experts, bool gated)
+      : gate_up_proj(with_dense_weights(experts.gate_up_proj)),
+        down_proj(with_dense_weights(experts.down_proj)),
+        gate_up_bias(experts.gate_up_bias ? experts.gate_up_bias->contiguous() : at::Tensor()),
+        down_bias(experts.down_bias ? experts.down_bias->contiguous() : at::Tensor()),
+        E(gate_up_proj.size(0)),
+        H(gate_up_proj.size(2)),
+        I(down_proj.size(2)),
+        width(gate_up_proj.size(1)),
+        gated(gated) {}
+
+  // Arguments of the pass from tokens to the pre-activation and, if defined, the activation.
+  kernels::UpArgs up_args(
+      Activation activation, const kernels::Rows& tokens, const at::Tensor& hidden,
+      const at::Tensor& activated) const {
+    const int64_t up_at = gated ? I : 0;
+    const int64_t element = gate_up_proj.element_size();
+    const auto advance = [&](const void* data, int64_t elements) -> const void* {
+      return data ? static_cast<const char*>(data) + elements * element : nullptr;
+    };
+    const kernels::Weights gate = weights_of(gate_up_proj);
+    kernels::Weights up = gate;
+    up.data = advance(gate.data, up_at * gate.n_stride);
+    const kernels::Bias gate_bias = bias_of(gate_up_bias);
+    return {
+        H,
+        I,
+        activation,
+        gated,
+        tokens,
+        gate,
+        up,
+        gate_bias,
+        {advance(gate_bias.data, up_at), gate_bias.expert_stride},
+        mutable_data_or_null(hidden),
+        mutable_data_or_null(activated)};
   }
-}
+};
 
-// From h [m, W], g [m, I] (the gradient of the row's unweighted activation) and the rows' weights
-// s [m] (or null):  dh [m, W];  sa [m, I] = s a;  ds [m] = <g, a>.
-template <class Act, class T>
-void activation_backward_kernel(
-    const T* h, const T* g, const T* s, int64_t m, int64_t I, T* dh, T* sa, T* ds) {
-  const int64_t W = Act::kGated ? 2 * I : I;
-  for (int64_t r = 0; r < m; ++r) {
-    const T* gate = h + r * W;
-    const T* up = gate + (W - I);
-    T* dgate = dh + r * W;
-    T* dup = dgate + (W - I);
-    const T weight = s ? s[r] : T(1);
-    T dot = 0;
-    for (int64_t i = 0; i < I; ++i) {
-      const T a = Act::value(gate[i], up[i]);
-      dot += g[r * I + i] * a;
-      sa[r * I + i] = weight * a;
-      Act::grad(gate[i], up[i], weight * g[r * I + i], dgate + i, dup + i);
-    }
-    ds[r] = dot;
-  }
-}
-
-// helpers
-
-at::Tensor apply_activation(const at::Tensor& h, Activation activation, bool gated) {
-  const int64_t I = gated ? h.size(1) / 2 : h.size(1);
-  const at::Tensor a = at::empty({h.size(0), I}, h.options());
-  MOE_DISPATCH_COMPUTE(h.scalar_type(), "activation", [&] {
-    dispatch_activation(activation, gated, [&](auto act) {
-      activation_kernel<decltype(act)>(
-          h.const_data_ptr<scalar_t>(), h.size(0), I, a.mutable_data_ptr<scalar_t>());
-    });
-  });
-  return a;
-}
-
-// x [m, H] -> the pre-activation [m, W].
-at::Tensor project_up(const at::Tensor& x, const ExpertWeights& experts, int64_t expert) {
-  at::Tensor h = at::mm(x, experts.gate_up_proj.select(0, expert).to(x.scalar_type()).t());
-  if (experts.gate_up_bias) h.add_(experts.gate_up_bias->select(0, expert));
-  return h;
+int64_t count_active(const std::vector<int64_t>& offsets) {
+  int64_t active = 0;
+  for (size_t e = 0; e + 1 < offsets.size(); ++e) active += offsets[e + 1] > offsets[e];
+  return active;
 }
 
 }  // namespace
 
-void expert_ffn_forward(
-    const at::Tensor& tokens, const RowSource& source, const ExpertWeights& experts,
-    Activation activation, bool gated, const at::Tensor& out, const at::Tensor& hidden) {
-  const at::ScalarType dtype = compute_dtype(tokens.scalar_type());
-  const auto blocks = row_blocks(source.offsets);
-  parallel_each(blocks.size(), [&](int64_t i) {
-    const RowBlock& block = blocks[i];
-    const at::Tensor h =
-        project_up(read_block(tokens, source.token, block, dtype), experts, block.expert);
-    if (hidden.defined()) write_block(hidden, block, h);
-    const at::Tensor a = round_to(apply_activation(h, activation, gated), tokens.scalar_type());
-    at::Tensor y = at::mm(a, experts.down_proj.select(0, block.expert).to(dtype).t());
-    if (experts.down_bias) y.add_(experts.down_bias->select(0, block.expert));
-    if (source.weight.defined()) {
-      y.mul_(source.weight.narrow(0, block.begin, block.size()).unsqueeze(1));
-    }
-    write_block(out, block, y);
+ExpertRows moe_rows(
+    const char* op, const at::Tensor& row_map, const at::Tensor& expert_offsets,
+    const at::Tensor& weights_, at::ScalarType compute) {
+  const int64_t K = row_map.size(1);
+  ExpertRows rows;
+  rows.offsets = read_offsets(op, expert_offsets, row_map.numel());
+  rows.slot = invert_row_map(op, row_map, row_map.numel());
+  rows.slot.resize(rows.size());
+  rows.token.resize(rows.size());
+  for (int64_t r = 0; r < rows.size(); ++r) {
+    TORCH_CHECK_INDEX(
+        rows.slot[r] >= 0, op,
+        ": row_map must name every row before expert_offsets[E]=", rows.size(),
+        ", got none for row ", r);
+    rows.token[r] = static_cast<int32_t>(rows.slot[r] / K);
+  }
+  for (size_t e = 0; e + 1 < rows.offsets.size(); ++e) {
+    TORCH_CHECK_INDEX(
+        std::is_sorted(
+            rows.token.begin() + rows.offsets[e], rows.token.begin() + rows.offsets[e + 1]),
+        op, ": row_map must have the rows of an expert in the order of the tokens, got another ",
+        "for expert ", e);
+  }
+  const at::Tensor weights = contiguous_in(weights_, compute);
+  rows.weight = at::empty({rows.size()}, weights.options());
+  MOE_DISPATCH_COMPUTE(compute, "moe_rows", [&] {
+    const scalar_t* from = weights.const_data_ptr<scalar_t>();
+    scalar_t* to = rows.weight.mutable_data_ptr<scalar_t>();
+    for (int64_t r = 0; r < rows.size(); ++r) to[r] = from[rows.slot[r]];
   });
+  return rows;
+}
+
+void expert_ffn_forward(
+    const at::Tensor& tokens_, const ExpertRows& rows, const ExpertWeights& experts_,
+    Activation activation, bool gated, const at::Tensor& out, const at::Tensor& hidden) {
+  const ExpertOperands experts(experts_, gated);
+  const at::Tensor tokens = with_dense_rows(tokens_);
+  const auto& kernels = kernels_for(tokens.scalar_type());
+  const at::Tensor activated = at::empty({rows.size(), experts.I}, tokens.options());
+  const kernels::UpArgs up =
+      experts.up_args(activation, rows_of(tokens, rows.token_data()), hidden, activated);
+  const kernels::CombineArgs down{
+      experts.I,
+      experts.H,
+      rows_of(activated),
+      weights_of(experts.down_proj),
+      bias_of(experts.down_bias),
+      rows.token_data(),
+      any_data_or_null(rows.weight),
+      out.mutable_data_ptr()};
+
+  const auto chunks = row_chunks(rows.offsets, kernels.max_chunk_rows);
+  const TokenBlocks blocks(
+      rows.offsets, rows.token_data(), tokens.size(0), experts.H, kernels.max_chunk_rows);
+  const int64_t scratch = std::max(
+      kernels.scratch_bytes(largest_chunk(chunks), experts.H),
+      combine_scratch(kernels, blocks, experts.I, tokens.scalar_type() == at::kDouble));
+  const int64_t weights = (experts.width + experts.I) * experts.H;
+  run_phases(
+      {{up_job(kernels, up, chunks)}, {combine_job(kernels, down, blocks)}}, scratch,
+      estimate_nanoseconds(
+          rows.size() * weights, count_active(rows.offsets) * weights * tokens.element_size()));
 }
 
 void expert_ffn_backward(
-    const at::Tensor& grad_out, const at::Tensor& tokens, const RowSource& source,
-    const at::Tensor& hidden, const ExpertWeights& experts, Activation activation, bool gated,
+    const at::Tensor& grad_out_, const at::Tensor& tokens_, const ExpertRows& rows,
+    const at::Tensor& hidden_, const ExpertWeights& experts_, Activation activation, bool gated,
     const RowGrads& grads) {
-  const at::ScalarType dtype = compute_dtype(tokens.scalar_type());
-  const auto blocks = row_blocks(source.offsets);
-  const int64_t num_rows = source.offsets.back();
-  const int64_t width = experts.gate_up_proj.size(1);
-  const int64_t I = experts.down_proj.size(2);
-  const bool wants_up = grads.gate_up_proj.defined() || grads.gate_up_bias.defined();
-  const bool wants_activation_grad = wants_up || grads.rows.defined();
+  const ExpertOperands experts(experts_, gated);
+  const at::Tensor tokens = with_dense_rows(tokens_);
+  const at::Tensor grad_out = with_dense_rows(grad_out_);
+  const auto options = tokens.options();
+  const auto& kernels = kernels_for(tokens.scalar_type());
+  const bool wide = tokens.scalar_type() == at::kDouble;
+  const int64_t N = rows.size();
+  const auto chunks = row_chunks(rows.offsets, kernels.max_chunk_rows);
+  const auto whole_experts = expert_chunks(rows.offsets);
+  int64_t scratch = kernels.scratch_bytes(largest_chunk(chunks), experts.H);
 
-  // Operands of the weights' gradients, kept for the second pass.
-  at::Tensor grad_hidden, weighted_activation;
-  if (wants_up) grad_hidden = at::empty({num_rows, width}, tokens.options());
-  if (grads.down_proj.defined()) weighted_activation = at::empty({num_rows, I}, tokens.options());
+  const bool wants_grad_hidden =
+      grads.tokens.defined() || grads.gate_up_proj.defined() || grads.gate_up_bias.defined();
+  at::Tensor grad_hidden, weighted, parts;
+  if (wants_grad_hidden) grad_hidden = at::empty({N, experts.width}, options);
+  if (grads.down_proj.defined()) weighted = at::empty({N, experts.I}, options);
+  if (grads.row_weights.defined()) {
+    parts = at::empty({piece_cols(experts.I), N}, grads.row_weights.options());
+  }
+  const bool wants_hidden = wants_grad_hidden || weighted.defined() || parts.defined();
 
-  if (wants_activation_grad || grads.down_proj.defined() || grads.weight.defined()) {
-    parallel_each(blocks.size(), [&](int64_t i) {
-      const RowBlock& block = blocks[i];
-      const at::Tensor dy = read_block(grad_out, source.token, block, dtype);
-      const at::Tensor g = at::mm(dy, experts.down_proj.select(0, block.expert).to(dtype));
-      const at::Tensor h =
-          hidden.defined()
-              ? read_block(hidden, {}, block, dtype).contiguous()
-              : project_up(read_block(tokens, source.token, block, dtype), experts, block.expert);
-      const at::Tensor dh = at::empty({block.size(), width}, g.options());
-      const at::Tensor sa = at::empty({block.size(), I}, g.options());
-      at::Tensor ds = at::empty({block.size()}, g.options());
-      MOE_DISPATCH_COMPUTE(dtype, "activation_backward", [&] {
-        const scalar_t* weights = data_or_null<scalar_t>(source.weight);
-        dispatch_activation(activation, gated, [&](auto act) {
-          activation_backward_kernel<decltype(act)>(
-              h.const_data_ptr<scalar_t>(), g.const_data_ptr<scalar_t>(),
-              weights ? weights + block.begin : nullptr, block.size(), I,
-              dh.mutable_data_ptr<scalar_t>(), sa.mutable_data_ptr<scalar_t>(),
-              ds.mutable_data_ptr<scalar_t>());
-        });
-      });
-      if (grads.weight.defined()) {
-        if (experts.down_bias) {
-          ds.add_(at::mv(dy, experts.down_bias->select(0, block.expert).to(dtype)));
-        }
-        write_block(grads.weight, block, ds);
-      }
-      if (weighted_activation.defined()) write_block(weighted_activation, block, sa);
-      if (grad_hidden.defined()) write_block(grad_hidden, block, dh);
-      if (grads.rows.defined()) {
-        const at::Tensor w = experts.gate_up_proj.select(0, block.expert).to(dtype);
-        write_block(grads.rows, block, at::mm(round_to(dh, tokens.scalar_type()), w));
+  std::vector<Phase> phases;
+  at::Tensor hidden = hidden_.defined() ? hidden_.contiguous() : at::Tensor();
+  const bool recompute = wants_hidden && !hidden.defined();
+  if (recompute) hidden = at::empty({N, experts.width}, options);
+  const kernels::UpArgs up = experts.up_args(
+      activation, rows_of(tokens, rows.token_data()), recompute ? hidden : at::Tensor(), {});
+  if (recompute) phases.push_back({up_job(kernels, up, chunks)});
+
+  const kernels::GradHiddenArgs back{
+      experts.H,
+      experts.I,
+      N,
+      activation,
+      gated,
+      rows_of(grad_out, rows.token_data()),
+      transposed(weights_of(experts.down_proj)),
+      bias_of(experts.down_bias),
+      any_data_or_null(hidden),
+      any_data_or_null(rows.weight),
+      mutable_data_or_null(grad_hidden),
+      mutable_data_or_null(weighted),
+      mutable_data_or_null(parts)};
+  if (wants_hidden) phases.push_back({grad_hidden_job(kernels, back, chunks)});
+
+  // All that follows depends on the phases above only.
+  Phase last;
+  const TokenBlocks blocks(
+      rows.offsets, rows.token_data(), tokens.size(0), experts.H, kernels.max_chunk_rows);
+  const kernels::CombineArgs to_tokens{
+      experts.width,
+      experts.H,
+      wants_grad_hidden ? rows_of(grad_hidden) : kernels::Rows{},
+      transposed(weights_of(experts.gate_up_proj)),
+      {nullptr, 0},
+      rows.token_data(),
+      nullptr,
+      mutable_data_or_null(grads.tokens)};
+  if (grads.tokens.defined()) {
+    last.push_back(combine_job(kernels, to_tokens, blocks));
+    scratch = std::max(scratch, combine_scratch(kernels, blocks, experts.width, wide));
+  }
+  const kernels::GradWeightsArgs gate_up{
+      experts.width, experts.H, wants_grad_hidden ? rows_of(grad_hidden) : kernels::Rows{},
+      rows_of(tokens, rows.token_data()), mutable_data_or_null(grads.gate_up_proj)};
+  const kernels::GradWeightsArgs down{
+      experts.H, experts.I, rows_of(grad_out, rows.token_data()),
+      weighted.defined() ? rows_of(weighted) : kernels::Rows{},
+      mutable_data_or_null(grads.down_proj)};
+  if (grads.gate_up_proj.defined())
+    last.push_back(grad_weights_job(kernels, gate_up, whole_experts));
+  if (grads.down_proj.defined()) last.push_back(grad_weights_job(kernels, down, whole_experts));
+  if (grads.gate_up_proj.defined() || grads.down_proj.defined()) {
+    scratch = std::max(scratch, kernels.grad_scratch_bytes(largest_chunk(whole_experts)));
+  }
+  const kernels::ColumnSumArgs gate_up_bias{
+      experts.width, wants_grad_hidden ? rows_of(grad_hidden) : kernels::Rows{}, nullptr,
+      mutable_data_or_null(grads.gate_up_bias)};
+  const kernels::ColumnSumArgs down_bias{
+      experts.H, rows_of(grad_out, rows.token_data()), any_data_or_null(rows.weight),
+      mutable_data_or_null(grads.down_bias)};
+  if (grads.gate_up_bias.defined())
+    last.push_back(column_sum_job(kernels, gate_up_bias, whole_experts));
+  if (grads.down_bias.defined()) last.push_back(column_sum_job(kernels, down_bias, whole_experts));
+  phases.push_back(last);
+
+  const int64_t weights = (experts.width + experts.I) * experts.H;
+  run_phases(
+      phases, scratch,
+      estimate_nanoseconds(2 * N * weights, experts.E * weights * tokens.element_size()));
+
+  if (parts.defined()) {
+    MOE_DISPATCH_COMPUTE(parts.scalar_type(), "expert_ffn_backward", [&] {
+      const scalar_t* part = parts.const_data_ptr<scalar_t>();
+      scalar_t* total = grads.row_weights.mutable_data_ptr<scalar_t>();
+      std::fill_n(total, N, scalar_t(0));
+      for (int64_t col = 0; col < parts.size(0); ++col, part += N) {
+        for (int64_t r = 0; r < N; ++r) total[r] += part[r];
       }
     });
   }
-
-  // An idle expert's block is empty: its products and sums are zeros.
-  const int64_t num_experts = experts.gate_up_proj.size(0);
-  parallel_each(2 * num_experts, [&](int64_t i) {
-    const int64_t e = i / 2;
-    const RowBlock expert{e, source.offsets[e], source.offsets[e + 1]};
-    if (i % 2 == 0) {
-      if (grads.gate_up_proj.defined()) {
-        const at::Tensor dh = read_block(grad_hidden, {}, expert, dtype);
-        const at::Tensor x = read_block(tokens, source.token, expert, dtype);
-        grads.gate_up_proj.select(0, e).copy_(at::mm(dh.t(), x));
-      }
-      if (grads.gate_up_bias.defined()) {
-        grads.gate_up_bias.select(0, e).copy_(read_block(grad_hidden, {}, expert, dtype).sum(0));
-      }
-    } else if (grads.down_proj.defined() || grads.down_bias.defined()) {
-      const at::Tensor dy = read_block(grad_out, source.token, expert, dtype);
-      if (grads.down_proj.defined()) {
-        const at::Tensor sa = read_block(weighted_activation, {}, expert, dtype);
-        grads.down_proj.select(0, e).copy_(at::mm(dy.t(), sa));
-      }
-      if (grads.down_bias.defined()) {
-        const at::Tensor sum =
-            source.weight.defined()
-                ? at::mv(dy.t(), source.weight.narrow(0, expert.begin, expert.size()))
-                : dy.sum(0);
-        grads.down_bias.select(0, e).copy_(sum);
-      }
-    }
-  });
 }
 
 namespace {
@@ -181,22 +244,22 @@ namespace {
 // operators
 
 std::tuple<at::Tensor, at::Tensor> expert_ffn_forward_op(
-    const at::Tensor& rows, const at::Tensor& expert_offsets, const at::Tensor& gate_up_proj,
+    const at::Tensor& rows_, const at::Tensor& expert_offsets, const at::Tensor& gate_up_proj,
     const at::Tensor& down_proj, const std::optional<at::Tensor>& gate_up_bias,
     const std::optional<at::Tensor>& down_bias, const std::optional<at::Tensor>& row_weights,
     c10::string_view activation, bool gated, bool save_hidden) {
   const ExpertWeights experts{gate_up_proj, down_proj, gate_up_bias, down_bias};
   const Activation parsed =
-      check_expert_ffn(rows, expert_offsets, experts, row_weights, activation, gated);
-  const RowSource source{
-      read_offsets("expert_ffn", expert_offsets, rows.size(0)),
+      check_expert_ffn(rows_, expert_offsets, experts, row_weights, activation, gated);
+  const ExpertRows rows{
+      read_offsets("expert_ffn", expert_offsets, rows_.size(0)),
       {},
-      contiguous_in(row_weights, compute_dtype(rows.scalar_type()))};
-  const at::Tensor out = at::empty(rows.sizes(), rows.options());
+      {},
+      contiguous_in(row_weights, compute_dtype(rows_.scalar_type()))};
+  const at::Tensor out = at::empty(rows_.sizes(), rows_.options());
   const at::Tensor hidden =
-      save_hidden ? empty_hidden(rows, rows.size(0), gate_up_proj) : at::Tensor();
-  expert_ffn_forward(rows, source, experts, parsed, gated, out, hidden);
-  zero_tail(out, source.offsets.back());
+      save_hidden ? empty_hidden(rows_, rows_.size(0), gate_up_proj) : at::Tensor();
+  expert_ffn_forward(rows_, rows, experts, parsed, gated, out, hidden);
   return {out, hidden};
 }
 
@@ -213,7 +276,7 @@ at::Tensor expert_ffn(
 
 ExpertFfnGrads expert_ffn_backward_op(
     const at::Tensor& grad_out, const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& row_map_, const at::Tensor& expert_offsets,
+    const std::optional<at::Tensor>& row_map, const at::Tensor& expert_offsets,
     const std::optional<at::Tensor>& hidden, const at::Tensor& gate_up_proj,
     const at::Tensor& down_proj, const std::optional<at::Tensor>& gate_up_bias,
     const std::optional<at::Tensor>& down_bias, c10::string_view activation, bool gated,
@@ -221,46 +284,34 @@ ExpertFfnGrads expert_ffn_backward_op(
   constexpr const char* op = "_expert_ffn_backward";
   const ExpertWeights experts{gate_up_proj, down_proj, gate_up_bias, down_bias};
   const Activation parsed = check_expert_ffn_backward(
-      grad_out, tokens, weights, row_map_, expert_offsets, hidden, experts, activation, gated);
-  const at::Tensor row_map = row_map_ ? row_map_->contiguous() : at::Tensor();
-  const int64_t num_rows = row_map.defined() ? row_map.numel() : tokens.size(0);
-  RowSource source{
-      read_offsets(op, expert_offsets, num_rows),
-      {},
-      contiguous_in(weights, compute_dtype(tokens.scalar_type()))};
-  at::Tensor slot_of_row;
-  if (row_map.defined()) {
-    slot_of_row = invert_row_map(op, row_map, num_rows).narrow(0, 0, source.offsets.back());
-    source.token = slot_of_row.div(row_map.size(1), "floor");
-    source.weight = source.weight.view(-1).index_select(0, slot_of_row);
-  }
+      grad_out, tokens, weights, row_map, expert_offsets, hidden, experts, activation, gated);
+  const at::ScalarType compute = compute_dtype(tokens.scalar_type());
+  const ExpertRows rows = row_map ? moe_rows(op, *row_map, expert_offsets, *weights, compute)
+                                  : ExpertRows{
+                                        read_offsets(op, expert_offsets, tokens.size(0)),
+                                        {},
+                                        {},
+                                        contiguous_in(weights, compute)};
 
   ExpertFfnGrads outputs = empty_expert_ffn_grads(tokens, weights, experts, output_mask);
   auto& [grad_tokens, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias] =
       outputs;
-  const auto options = tokens.options().dtype(compute_dtype(tokens.scalar_type()));
-  RowGrads grads{{}, {}, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias};
-  if (grad_tokens.defined()) grads.rows = at::empty({num_rows, tokens.size(1)}, options);
-  if (grad_weights.defined()) grads.weight = at::zeros({num_rows}, options);
-  expert_ffn_backward(
-      grad_out, tokens, source, hidden.value_or(at::Tensor()), experts, parsed, gated, grads);
-
-  if (grad_tokens.defined()) {
-    if (row_map.defined()) {
-      combine(grads.rows, row_map, {}, grad_tokens);
-    } else {
-      zero_tail(grads.rows, source.offsets.back());
-      grad_tokens.copy_(grads.rows);
-    }
-  }
+  RowGrads grads{grad_tokens, {}, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias};
   if (grad_weights.defined()) {
-    if (row_map.defined()) {
-      grad_weights.zero_();
-      grad_weights.view(-1).index_copy_(
-          0, slot_of_row.to(at::kLong),
-          grads.weight.narrow(0, 0, source.offsets.back()).to(grad_weights.scalar_type()));
-    } else {
-      grad_weights.copy_(grads.weight);
+    grads.row_weights = at::empty({rows.size()}, tokens.options().dtype(compute));
+  }
+  expert_ffn_backward(
+      grad_out, tokens, rows, hidden.value_or(at::Tensor()), experts, parsed, gated, grads);
+
+  if (grad_weights.defined()) {
+    grad_weights.zero_();
+    const at::Tensor by_row = grads.row_weights.to(grad_weights.scalar_type());
+    const char* from = static_cast<const char*>(by_row.const_data_ptr());
+    char* to = static_cast<char*>(grad_weights.mutable_data_ptr());
+    const int64_t bytes = by_row.element_size();
+    for (int64_t r = 0; r < rows.size(); ++r) {
+      const int64_t slot = rows.slot.empty() ? r : rows.slot[r];
+      std::memcpy(to + slot * bytes, from + r * bytes, bytes);
     }
   }
   return outputs;

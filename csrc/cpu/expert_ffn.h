@@ -1,37 +1,49 @@
 // The experts' forward and backward over rows grouped by expert: what expert_ffn and moe_ffn share.
 #pragma once
 
-#include "cpu/grouped_rows.h"
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
 #include "ops/expert_ffn.h"
 
 namespace moe_ext::cpu {
 
-// Where an expert row comes from: row r is token `token[r]` with weight `weight[r]`.
-struct RowSource {
-  std::vector<int64_t> offsets;  // [E + 1], read and checked
-  at::Tensor token;              // [N] int32, or undefined: row r is token r
+// Where the experts' rows come from and go to.
+struct ExpertRows {
+  std::vector<int64_t> offsets;  // [E + 1], checked
+  std::vector<int32_t> slot;     // of a row, of moe_ffn; else empty
+  std::vector<int32_t> token;    // of a row, of moe_ffn; else empty: row r is token r
   at::Tensor weight;             // [N] compute dtype, or undefined: 1
+
+  int64_t size() const { return offsets.back(); }
+  const int32_t* token_data() const { return token.empty() ? nullptr : token.data(); }
 };
 
-// out [N, H], of tokens' dtype or of the compute dtype, receives the finished rows, weights
-// included; hidden [N, W] the pre-activation, if defined. Rows past offsets[E] are not touched.
+// The rows of moe_ffn: weights [T, K] in slot order. Also checks that row_map and expert_offsets
+// fit each other, on which the kernels rely.
+ExpertRows moe_rows(
+    const char* op, const at::Tensor& row_map, const at::Tensor& expert_offsets,
+    const at::Tensor& weights, at::ScalarType compute);
+
+// out [T, H] receives the weighted sum of each token's rows; hidden [N, W] the pre-activation, if
+// defined (rows past the last expert's are not touched).
 void expert_ffn_forward(
-    const at::Tensor& tokens, const RowSource& source, const ExpertWeights& experts,
+    const at::Tensor& tokens, const ExpertRows& rows, const ExpertWeights& experts,
     Activation activation, bool gated, const at::Tensor& out, const at::Tensor& hidden);
 
-// What backward writes; an undefined tensor is not wanted. Rows past offsets[E] are not touched.
+// grad_out and tokens [T, H]; hidden [N, W], or undefined: recomputed from the tokens. Writes the
+// gradients that are defined; row_weights [N] in the compute dtype, in the order of the rows.
 struct RowGrads {
-  at::Tensor rows;          // [N, H] compute dtype
-  at::Tensor weight;        // [N] compute dtype
-  at::Tensor gate_up_proj;  // these four in their parameters' shape and dtype
+  at::Tensor tokens;
+  at::Tensor row_weights;
+  at::Tensor gate_up_proj;
   at::Tensor down_proj;
   at::Tensor gate_up_bias;
   at::Tensor down_bias;
 };
-
-// grad_out and tokens [T, H]; hidden [N, W], or undefined: recomputed from the tokens.
 void expert_ffn_backward(
-    const at::Tensor& grad_out, const at::Tensor& tokens, const RowSource& source,
+    const at::Tensor& grad_out, const at::Tensor& tokens, const ExpertRows& rows,
     const at::Tensor& hidden, const ExpertWeights& experts, Activation activation, bool gated,
     const RowGrads& grads);
 

@@ -1,65 +1,74 @@
 #include "ops/grouped_linear.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include "cpu/grouped_rows.h"
+#include "cpu/grouped_gemm.h"
+#include "cpu/operands.h"
+#include "cpu/plan.h"
 
 namespace moe_ext::cpu {
 namespace {
 
+// out [N, .] = rows of each expert times its weights, plus bias.
+void grouped_product(
+    const at::Tensor& rows, const std::vector<int64_t>& offsets, const kernels::Weights& weights,
+    const at::Tensor& bias, const at::Tensor& out) {
+  const auto& kernels = kernels_for(rows.scalar_type());
+  const kernels::CombineArgs args{rows.size(1), out.size(1),           rows_of(rows),
+                                  weights,      bias_of(bias),         nullptr,
+                                  nullptr,      out.mutable_data_ptr()};
+  const TokenBlocks blocks(offsets, nullptr, rows.size(0), out.size(1), kernels.max_chunk_rows);
+  run_phases(
+      {{combine_job(kernels, args, blocks)}},
+      combine_scratch(kernels, blocks, rows.size(1), rows.scalar_type() == at::kDouble),
+      estimate_nanoseconds(offsets.back() * rows.size(1) * out.size(1), 0));
+}
+
 // operators
 
 at::Tensor grouped_linear(
-    const at::Tensor& rows, const at::Tensor& expert_offsets, const at::Tensor& weight,
+    const at::Tensor& rows, const at::Tensor& expert_offsets, const at::Tensor& weight_,
     const std::optional<at::Tensor>& bias) {
-  check_grouped_linear(rows, expert_offsets, weight, bias);
-  const auto offsets = read_offsets("_grouped_linear", expert_offsets, rows.size(0));
-  const auto blocks = row_blocks(offsets);
-  const at::ScalarType dtype = compute_dtype(rows.scalar_type());
+  check_grouped_linear(rows, expert_offsets, weight_, bias);
+  const at::Tensor weight = with_dense_weights(weight_);
   const at::Tensor out = empty_grouped_linear(rows, weight);
-  parallel_each(blocks.size(), [&](int64_t i) {
-    const RowBlock& block = blocks[i];
-    at::Tensor y =
-        at::mm(read_block(rows, {}, block, dtype), weight.select(0, block.expert).to(dtype).t());
-    if (bias) y.add_(bias->select(0, block.expert));
-    write_block(out, block, y);
-  });
-  zero_tail(out, offsets.back());
+  grouped_product(
+      with_dense_rows(rows), read_offsets("_grouped_linear", expert_offsets, rows.size(0)),
+      weights_of(weight), bias ? bias->contiguous() : at::Tensor(), out);
   return out;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
-    const at::Tensor& grad_out, const at::Tensor& rows, const at::Tensor& expert_offsets,
-    const at::Tensor& weight, std::array<bool, 3> output_mask) {
-  check_grouped_linear_backward(grad_out, rows, expert_offsets, weight);
+    const at::Tensor& grad_out_, const at::Tensor& rows_, const at::Tensor& expert_offsets,
+    const at::Tensor& weight_, std::array<bool, 3> output_mask) {
+  check_grouped_linear_backward(grad_out_, rows_, expert_offsets, weight_);
+  const at::Tensor grad_out = with_dense_rows(grad_out_);
+  const at::Tensor rows = with_dense_rows(rows_);
+  const at::Tensor weight = with_dense_weights(weight_);
   const auto offsets = read_offsets("_grouped_linear_backward", expert_offsets, rows.size(0));
-  const at::ScalarType dtype = compute_dtype(rows.scalar_type());
   at::Tensor grad_rows, grad_weight, grad_bias;
   if (output_mask[0]) {
     grad_rows = at::empty(rows.sizes(), rows.options());
-    const auto blocks = row_blocks(offsets);
-    parallel_each(blocks.size(), [&](int64_t i) {
-      const RowBlock& block = blocks[i];
-      write_block(
-          grad_rows, block,
-          at::mm(read_block(grad_out, {}, block, dtype), weight.select(0, block.expert).to(dtype)));
-    });
-    zero_tail(grad_rows, offsets.back());
+    grouped_product(grad_out, offsets, transposed(weights_of(weight)), {}, grad_rows);
   }
+  const auto& kernels = kernels_for(rows.scalar_type());
+  const auto experts = expert_chunks(offsets);
+  Phase phase;
   if (output_mask[1]) grad_weight = at::empty(weight.sizes(), weight.options());
+  const kernels::GradWeightsArgs product{
+      weight.size(1), weight.size(2), rows_of(grad_out), rows_of(rows),
+      mutable_data_or_null(grad_weight)};
+  if (output_mask[1]) phase.push_back(grad_weights_job(kernels, product, experts));
   if (output_mask[2]) grad_bias = at::empty({weight.size(0), weight.size(1)}, weight.options());
-  if (output_mask[1] || output_mask[2]) {
-    parallel_each(weight.size(0), [&](int64_t e) {
-      const RowBlock expert{e, offsets[e], offsets[e + 1]};
-      const at::Tensor dy = read_block(grad_out, {}, expert, dtype);
-      if (output_mask[1]) {
-        grad_weight.select(0, e).copy_(at::mm(dy.t(), read_block(rows, {}, expert, dtype)));
-      }
-      if (output_mask[2]) grad_bias.select(0, e).copy_(dy.sum(0));
-    });
-  }
+  const kernels::ColumnSumArgs sum{
+      weight.size(1), rows_of(grad_out), nullptr, mutable_data_or_null(grad_bias)};
+  if (output_mask[2]) phase.push_back(column_sum_job(kernels, sum, experts));
+  run_phases(
+      {phase}, kernels.grad_scratch_bytes(largest_chunk(experts)),
+      estimate_nanoseconds(
+          offsets.back() * weight.size(1) * weight.size(2),
+          weight.numel() * weight.element_size()));
   return {grad_rows, grad_weight, grad_bias};
 }
 

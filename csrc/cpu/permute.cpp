@@ -34,15 +34,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute(
     const at::Tensor& tokens_, const at::Tensor& topk_ids, int64_t num_experts) {
   check_permute(tokens_, topk_ids, num_experts);
   const at::Tensor tokens = tokens_.contiguous();
-  const auto [row_map, expert_offsets] = make_plan("permute", topk_ids, num_experts);
+  const Plan plan = make_plan("permute", topk_ids, num_experts);
   const at::Tensor permuted = empty_permuted_tokens(tokens, topk_ids);
   gather_rows_kernel(
-      static_cast<const char*>(tokens.const_data_ptr()), row_map.const_data_ptr<int32_t>(),
-      row_map.size(0), row_map.size(1), tokens.size(1) * tokens.element_size(),
+      static_cast<const char*>(tokens.const_data_ptr()), plan.row_map.const_data_ptr<int32_t>(),
+      plan.row_map.size(0), plan.row_map.size(1), tokens.size(1) * tokens.element_size(),
       static_cast<char*>(permuted.mutable_data_ptr()));
-  const int64_t num_used = expert_offsets.const_data_ptr<int32_t>()[num_experts];
+  const int64_t num_used = plan.expert_offsets.const_data_ptr<int32_t>()[num_experts];
   permuted.narrow(0, num_used, permuted.size(0) - num_used).zero_();
-  return {permuted, row_map, expert_offsets};
+  return {permuted, plan.row_map, plan.expert_offsets};
 }
 
 at::Tensor permute_backward(const at::Tensor& grad_permuted, const at::Tensor& row_map) {

@@ -2,16 +2,19 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/full.h>
 
 #include <limits>
-#include <tuple>
 #include <vector>
 
 #include "common/score_function.h"
 #include "ops/permute.h"
 
 namespace moe_ext::cpu {
+
+struct Plan {
+  at::Tensor row_map;         // [T, K] int32, -1 for a skipped slot
+  at::Tensor expert_offsets;  // [E + 1] int32
+};
 
 template <class Id>
 void plan_kernel(
@@ -34,18 +37,18 @@ void plan_kernel(
   }
 }
 
-// row_map [T, K] and expert_offsets [E + 1] of topk_ids [T, K].
-inline std::tuple<at::Tensor, at::Tensor> make_plan(
-    const char* op, const at::Tensor& topk_ids_, int64_t num_experts) {
+// The plan of topk_ids [T, K].
+inline Plan make_plan(const char* op, const at::Tensor& topk_ids_, int64_t num_experts) {
   const at::Tensor topk_ids = topk_ids_.contiguous();
   TORCH_CHECK(
       topk_ids.numel() <= std::numeric_limits<int32_t>::max(), op,
       ": topk_ids must have fewer than 2^31 slots, got ", topk_ids.numel());
-  auto plan = empty_plan(topk_ids, num_experts);
+  const auto [row_map, expert_offsets] = empty_plan(topk_ids, num_experts);
+  const Plan plan{row_map, expert_offsets};
   const auto run = [&](const auto* ids) {
     plan_kernel(
-        op, ids, topk_ids.numel(), num_experts, std::get<0>(plan).mutable_data_ptr<int32_t>(),
-        std::get<1>(plan).mutable_data_ptr<int32_t>());
+        op, ids, topk_ids.numel(), num_experts, plan.row_map.mutable_data_ptr<int32_t>(),
+        plan.expert_offsets.mutable_data_ptr<int32_t>());
   };
   if (topk_ids.scalar_type() == at::kLong) {
     run(topk_ids.const_data_ptr<int64_t>());
@@ -55,12 +58,26 @@ inline std::tuple<at::Tensor, at::Tensor> make_plan(
   return plan;
 }
 
-// The slot (flat index into row_map [T, K]) of every row, [N] int32; -1 where no slot has the row.
-inline at::Tensor invert_row_map(const char* op, const at::Tensor& row_map_, int64_t num_rows) {
+// expert_offsets as numbers, checked: ascending from 0, the last at most num_rows.
+inline std::vector<int64_t> read_offsets(
+    const char* op, const at::Tensor& expert_offsets_, int64_t num_rows) {
+  const at::Tensor expert_offsets = expert_offsets_.contiguous();
+  const int32_t* data = expert_offsets.const_data_ptr<int32_t>();
+  std::vector<int64_t> offsets(data, data + expert_offsets.numel());
+  TORCH_CHECK_INDEX(
+      offsets.front() == 0 && std::is_sorted(offsets.begin(), offsets.end()) &&
+          offsets.back() <= num_rows,
+      op, ": expert_offsets must ascend from 0 to at most N=", num_rows, ", got ",
+      c10::ArrayRef<int64_t>(offsets));
+  return offsets;
+}
+
+// The slot (flat index into row_map [T, K]) of every row; -1 where no slot has the row.
+inline std::vector<int32_t> invert_row_map(
+    const char* op, const at::Tensor& row_map_, int64_t num_rows) {
   const at::Tensor row_map = row_map_.contiguous();
-  const at::Tensor slot_of_row = at::full({num_rows}, -1, row_map.options());
+  std::vector<int32_t> slot_of_row(num_rows, -1);
   const int32_t* rows = row_map.const_data_ptr<int32_t>();
-  int32_t* slots = slot_of_row.mutable_data_ptr<int32_t>();
   for (int64_t slot = 0; slot < row_map.numel(); ++slot) {
     const int32_t row = rows[slot];
     if (row == -1) continue;
@@ -68,8 +85,9 @@ inline at::Tensor invert_row_map(const char* op, const at::Tensor& row_map_, int
         row >= 0 && row < num_rows, op, ": row_map must be -1 or in [0, N=", num_rows, "), got ",
         row);
     TORCH_CHECK_INDEX(
-        slots[row] == -1, op, ": row_map must name a row once at most, got row ", row, " twice");
-    slots[row] = static_cast<int32_t>(slot);
+        slot_of_row[row] == -1, op, ": row_map must name a row once at most, got row ", row,
+        " twice");
+    slot_of_row[row] = static_cast<int32_t>(slot);
   }
   return slot_of_row;
 }

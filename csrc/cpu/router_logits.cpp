@@ -1,33 +1,67 @@
 #include "ops/router_logits.h"
 
-#include <ATen/ops/mm.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
+
+#include "cpu/grouped_gemm.h"
+#include "cpu/operands.h"
 
 namespace moe_ext::cpu {
 namespace {
 
+// The router is a linear layer: one expert, to whom all rows belong.
+
+// out [M, N] = rows [M, K] weights^T, all in the compute dtype.
+at::Tensor product(const at::Tensor& rows, const kernels::Weights& weights, int64_t N) {
+  const at::Tensor out = at::empty({rows.size(0), N}, rows.options());
+  const auto& kernels = kernels_for(rows.scalar_type());
+  const kernels::CombineArgs args{rows.size(1), N,       rows_of(rows), weights,
+                                  {nullptr, 0}, nullptr, nullptr,       out.mutable_data_ptr()};
+  const TokenBlocks blocks({0, rows.size(0)}, nullptr, rows.size(0), N, kernels.max_chunk_rows);
+  run_phases(
+      {{combine_job(kernels, args, blocks)}},
+      combine_scratch(kernels, blocks, rows.size(1), rows.scalar_type() == at::kDouble),
+      estimate_nanoseconds(rows.numel() * N, 0));
+  return out;
+}
+
+// A batch of one.
+at::Tensor as_weights(const at::Tensor& weight, at::ScalarType dtype) {
+  return with_dense_weights(weight.to(dtype).unsqueeze(0));
+}
+
 // operators
 
-at::Tensor router_logits(const at::Tensor& tokens, const at::Tensor& weight) {
-  check_router_logits(tokens, weight);
-  // The router's product stays in fp32 under autocast too.
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const at::ScalarType dtype = router_logits_dtype(tokens, weight);
-  return at::mm(tokens.to(dtype), weight.to(dtype).t());
+at::Tensor router_logits(const at::Tensor& tokens, const at::Tensor& weight_) {
+  check_router_logits(tokens, weight_);
+  const at::ScalarType dtype = router_logits_dtype(tokens, weight_);
+  const at::Tensor weight = as_weights(weight_, dtype);
+  return product(with_dense_rows(tokens.to(dtype)), weights_of(weight), weight_.size(0));
 }
 
 std::tuple<at::Tensor, at::Tensor> router_logits_backward(
-    const at::Tensor& grad_logits_, const at::Tensor& tokens, const at::Tensor& weight,
+    const at::Tensor& grad_logits_, const at::Tensor& tokens_, const at::Tensor& weight_,
     std::array<bool, 2> output_mask) {
-  check_router_logits_backward(grad_logits_, tokens, weight);
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const at::ScalarType dtype = router_logits_dtype(tokens, weight);
-  const at::Tensor grad_logits = grad_logits_.to(dtype);
+  check_router_logits_backward(grad_logits_, tokens_, weight_);
+  const at::ScalarType dtype = router_logits_dtype(tokens_, weight_);
+  const at::Tensor grad_logits = with_dense_rows(grad_logits_.to(dtype));
   at::Tensor grad_tokens, grad_weight;
-  if (output_mask[0]) grad_tokens = at::mm(grad_logits, weight.to(dtype)).to(tokens.scalar_type());
+  if (output_mask[0]) {
+    const at::Tensor weight = as_weights(weight_, dtype);
+    grad_tokens = product(grad_logits, transposed(weights_of(weight)), weight_.size(1))
+                      .to(tokens_.scalar_type());
+  }
   if (output_mask[1]) {
-    grad_weight = at::mm(grad_logits.t(), tokens.to(dtype)).to(weight.scalar_type());
+    const at::Tensor tokens = with_dense_rows(tokens_.to(dtype));
+    grad_weight = at::empty(weight_.sizes(), tokens.options());
+    const auto& kernels = kernels_for(dtype);
+    const kernels::GradWeightsArgs args{
+        weight_.size(0), weight_.size(1), rows_of(grad_logits), rows_of(tokens),
+        grad_weight.mutable_data_ptr()};
+    const auto all_rows = expert_chunks({0, tokens.size(0)});
+    run_phases(
+        {{grad_weights_job(kernels, args, all_rows)}}, kernels.grad_scratch_bytes(tokens.size(0)),
+        estimate_nanoseconds(tokens.numel() * weight_.size(0), 0));
+    grad_weight = grad_weight.to(weight_.scalar_type());
   }
   return {grad_tokens, grad_weight};
 }

@@ -64,16 +64,16 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward(
   const at::Tensor grad_out = grad_out_.contiguous();
   const at::Tensor rows = rows_.contiguous();
   const at::Tensor weights = contiguous_in(topk_weights, compute_dtype(rows.scalar_type()));
-  const at::Tensor slot_of_row = invert_row_map("_unpermute_backward", row_map, rows.size(0));
+  const std::vector<int32_t> slot_of_row =
+      invert_row_map("_unpermute_backward", row_map, rows.size(0));
   at::Tensor grad_rows, grad_weights;
   if (output_mask[0]) grad_rows = at::empty_like(rows);
   if (output_mask[1] && weights.defined()) grad_weights = at::zeros_like(weights);
   MOE_DISPATCH_FLOAT(rows.scalar_type(), "unpermute_backward", [&] {
     using compute_t = at::opmath_type<scalar_t>;
     unpermute_backward_kernel<scalar_t, compute_t>(
-        grad_out.const_data_ptr<scalar_t>(), rows.const_data_ptr<scalar_t>(),
-        slot_of_row.const_data_ptr<int32_t>(), data_or_null<compute_t>(weights), rows.size(0),
-        row_map.size(1), rows.size(1),
+        grad_out.const_data_ptr<scalar_t>(), rows.const_data_ptr<scalar_t>(), slot_of_row.data(),
+        data_or_null<compute_t>(weights), rows.size(0), row_map.size(1), rows.size(1),
         grad_rows.defined() ? grad_rows.mutable_data_ptr<scalar_t>() : nullptr,
         grad_weights.defined() ? grad_weights.mutable_data_ptr<compute_t>() : nullptr);
   });

@@ -1,0 +1,142 @@
+#include "cpu/grouped_gemm.h"
+
+#include <algorithm>
+
+namespace moe_ext::cpu {
+
+using kernels::RowChunk;
+using kernels::TokenBlock;
+using kernels::TypeKernels;
+
+std::vector<RowChunk> row_chunks(const std::vector<int64_t>& offsets, int64_t max_rows) {
+  std::vector<RowChunk> chunks;
+  for (size_t e = 0; e + 1 < offsets.size(); ++e) {
+    const int64_t rows = offsets[e + 1] - offsets[e];
+    if (rows == 0) continue;
+    const int64_t size = ceil_div(rows, ceil_div(rows, max_rows));
+    for (int64_t begin = offsets[e]; begin < offsets[e + 1]; begin += size) {
+      chunks.push_back({static_cast<int64_t>(e), begin, std::min(begin + size, offsets[e + 1])});
+    }
+  }
+  return chunks;
+}
+
+std::vector<RowChunk> expert_chunks(const std::vector<int64_t>& offsets) {
+  std::vector<RowChunk> chunks;
+  for (size_t e = 0; e + 1 < offsets.size(); ++e) {
+    chunks.push_back({static_cast<int64_t>(e), offsets[e], offsets[e + 1]});
+  }
+  return chunks;
+}
+
+int64_t largest_chunk(const std::vector<RowChunk>& chunks) {
+  int64_t rows = 0;
+  for (const RowChunk& chunk : chunks) rows = std::max(rows, chunk.end - chunk.begin);
+  return rows;
+}
+
+namespace {
+
+// An expert's weights are packed once per block of tokens, so an expert should have some hundred
+// rows in each; but there should be pieces for many threads, and the sums of a block should stay
+// in the cache.
+int64_t count_blocks(int64_t T, int64_t N, int64_t rows_per_expert) {
+  constexpr int64_t kGoodRows = 256, kLeastRows = 64, kPieces = 16, kMostTokens = 8192;
+  const int64_t wanted = std::max(rows_per_expert / kGoodRows, ceil_div(kPieces, piece_cols(N)));
+  const int64_t most = std::max<int64_t>(rows_per_expert / kLeastRows, 1);
+  return std::max({std::min(wanted, most), ceil_div(T, kMostTokens), int64_t{1}});
+}
+
+}  // namespace
+
+TokenBlocks::TokenBlocks(
+    const std::vector<int64_t>& offsets, const int32_t* token, int64_t T, int64_t N,
+    int64_t max_rows) {
+  std::vector<RowChunk> left;  // rows that are in no block yet
+  for (const RowChunk& expert : expert_chunks(offsets)) {
+    if (expert.begin < expert.end) left.push_back(expert);
+  }
+  // Without an index a block holds few experts with all their rows, and splits two of them at most.
+  const int64_t groups = token ? std::max<int64_t>(left.size(), 1) : 1;
+  const int64_t size =
+      std::max<int64_t>(ceil_div(T, count_blocks(T, N, offsets.back() / groups)), 1);
+  for (int64_t begin = 0; begin < T; begin += size) {
+    const int64_t end = std::min(begin + size, T);
+    const int64_t first_chunk = chunks.size();
+    for (RowChunk& expert : left) {
+      const int64_t stop =
+          token ? std::lower_bound(token + expert.begin, token + expert.end, end) - token
+                : std::clamp(end, expert.begin, expert.end);
+      const std::vector<int64_t> range{expert.begin, stop};
+      for (const RowChunk& chunk : row_chunks(range, max_rows)) {
+        chunks.push_back({expert.expert, chunk.begin, chunk.end});
+      }
+      expert.begin = stop;
+    }
+    blocks.push_back({begin, end, first_chunk, static_cast<int64_t>(chunks.size())});
+  }
+}
+
+int64_t combine_scratch(
+    const TypeKernels& kernels, const TokenBlocks& blocks, int64_t K, bool wide) {
+  int64_t tokens = 0;
+  for (const TokenBlock& block : blocks.blocks) tokens = std::max(tokens, block.end - block.begin);
+  const int64_t sums = tokens * kernels::kPieceCols * static_cast<int64_t>(wide ? 8 : 4);
+  return sums + kernels.scratch_bytes(largest_chunk(blocks.chunks), K);
+}
+
+Job up_job(
+    const TypeKernels& kernels, const kernels::UpArgs& args, const std::vector<RowChunk>& chunks) {
+  const int64_t cols = piece_cols(args.gated ? 2 * args.I : args.I);
+  const int64_t count = chunks.size();
+  return {count * cols, [&kernels, &args, &chunks, cols](int64_t piece, void* scratch) {
+            kernels.up(args, chunks[piece / cols], piece % cols, scratch);
+          }};
+}
+
+Job combine_job(
+    const TypeKernels& kernels, const kernels::CombineArgs& args, const TokenBlocks& blocks) {
+  const int64_t cols = piece_cols(args.N);
+  const int64_t count = blocks.blocks.size();
+  return {count * cols, [&kernels, &args, &blocks, cols](int64_t piece, void* scratch) {
+            kernels.combine(
+                args, blocks.chunks.data(), blocks.blocks[piece / cols], piece % cols, scratch);
+          }};
+}
+
+Job grad_hidden_job(
+    const TypeKernels& kernels, const kernels::GradHiddenArgs& args,
+    const std::vector<RowChunk>& chunks) {
+  const int64_t cols = piece_cols(args.I);
+  const int64_t count = chunks.size();
+  return {count * cols, [&kernels, &args, &chunks, cols](int64_t piece, void* scratch) {
+            kernels.grad_hidden(args, chunks[piece / cols], piece % cols, scratch);
+          }};
+}
+
+Job grad_weights_job(
+    const TypeKernels& kernels, const kernels::GradWeightsArgs& args,
+    const std::vector<RowChunk>& experts) {
+  const int64_t m_blocks = ceil_div(args.M, kernels::kGradRows);
+  const int64_t n_blocks = ceil_div(args.N, kernels::kGradCols);
+  const int64_t count = experts.size();
+  return {
+      count * m_blocks * n_blocks,
+      [&kernels, &args, &experts, m_blocks, n_blocks](int64_t piece, void* scratch) {
+        const int64_t n_block = piece % n_blocks;
+        const int64_t m_block = piece / n_blocks % m_blocks;
+        kernels.grad_weights(args, experts[piece / n_blocks / m_blocks], m_block, n_block, scratch);
+      }};
+}
+
+Job column_sum_job(
+    const TypeKernels& kernels, const kernels::ColumnSumArgs& args,
+    const std::vector<RowChunk>& experts) {
+  const int64_t cols = piece_cols(args.M);
+  const int64_t count = experts.size();
+  return {count * cols, [&kernels, &args, &experts, cols](int64_t piece, void*) {
+            kernels.column_sum(args, experts[piece / cols], piece % cols);
+          }};
+}
+
+}  // namespace moe_ext::cpu

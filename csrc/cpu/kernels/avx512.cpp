@@ -1,0 +1,26 @@
+// Machines with AVX-512 F, BW, VL and DQ.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+#define MOE_AVX2
+#define MOE_AVX512
+#include "cpu/kernels/experts.h"
+
+namespace moe_ext::kernels {
+
+const Kernels kAvx512Kernels = {
+    "avx512",
+    {Experts<double>::table(), Experts<float>::table(), Experts<bf16>::table(),
+     Experts<f16>::table()}};
+
+}  // namespace moe_ext::kernels
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

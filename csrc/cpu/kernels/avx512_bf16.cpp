@@ -1,0 +1,27 @@
+// Machines with AVX-512 F, BW, VL, DQ and BF16.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+#define MOE_AVX2
+#define MOE_AVX512
+#define MOE_AVX512_BF16
+#include "cpu/kernels/experts.h"
+
+namespace moe_ext::kernels {
+
+const Kernels kAvx512Bf16Kernels = {
+    "avx512_bf16",
+    {Experts<double>::table(), Experts<float>::table(), Experts<bf16>::table(),
+     Experts<f16>::table()}};
+
+}  // namespace moe_ext::kernels
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

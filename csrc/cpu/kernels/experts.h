@@ -1,0 +1,235 @@
+// The pieces of an expert layer, forward and backward, of one instruction set.
+#pragma once
+
+#include "cpu/kernels/gemm.h"
+
+namespace moe_ext::kernels {
+namespace {
+
+template <class S>
+struct Experts {
+  using G = Gemm<S>;
+  using C = typename G::C;
+  using V = typename G::V;
+  static constexpr int64_t kLanes = G::kLanes;
+  static constexpr int64_t kMaxRows = G::kMaxRows;
+
+  static const S* row_of(const Rows& rows, int64_t r) {
+    return static_cast<const S*>(rows.data) + (rows.index ? rows.index[r] : r) * rows.stride;
+  }
+  static const S* of_expert(const Weights& weights, int64_t expert) {
+    return static_cast<const S*>(weights.data) + expert * weights.expert_stride;
+  }
+  static const S* of_expert(const Bias& bias, int64_t expert) {
+    return bias.data ? static_cast<const S*>(bias.data) + expert * bias.expert_stride : nullptr;
+  }
+
+  // Columns [col * width, ...) of a matrix with N of them, as two neighbouring halves.
+  static Columns<S> neighbours(const Weights& weights, int64_t expert, int64_t n, int64_t N) {
+    const S* data = of_expert(weights, expert) + n * weights.n_stride;
+    return {
+        {data, data + kHalf * weights.n_stride},
+        {smaller(N - n, kHalf), larger(smaller(N - n - kHalf, kHalf), 0)},
+        weights.n_stride,
+        weights.k_stride,
+        nullptr};
+  }
+
+  // bias[0, count) as kHalf or kPieceCols compute numbers; zeros where there is none.
+  static void read_bias(const S* bias, int64_t count, int64_t width, C* out) {
+    for (int64_t i = 0; i < width; i += kLanes) {
+      store(out + i, bias ? load<V>(bias + i, count - i) : V(0.0));
+    }
+  }
+
+  static void up(const UpArgs& args, const RowChunk& chunk, int64_t col, void* scratch) {
+    const int64_t rows = chunk.end - chunk.begin;
+    const S* row[kMaxRows];
+    for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.tokens, chunk.begin + r);
+    alignas(64) C bias[kPieceCols];
+    if (args.gated) {
+      const int64_t n = col * kHalf;
+      const int64_t count = smaller(args.I - n, kHalf);
+      const Columns<S> b{
+          {of_expert(args.gate, chunk.expert) + n * args.gate.n_stride,
+           of_expert(args.up, chunk.expert) + n * args.up.n_stride},
+          {count, count},
+          args.gate.n_stride,
+          args.gate.k_stride,
+          nullptr};
+      C* c = G::multiply(row, rows, args.H, b, scratch);
+      const S* gate_bias = of_expert(args.gate_bias, chunk.expert);
+      const S* up_bias = of_expert(args.up_bias, chunk.expert);
+      read_bias(gate_bias ? gate_bias + n : nullptr, count, kHalf, bias);
+      read_bias(up_bias ? up_bias + n : nullptr, count, kHalf, bias + kHalf);
+      finish_up(args, chunk, n, count, 2 * args.I, args.I, bias, c);
+    } else {
+      const int64_t n = col * kPieceCols;
+      const Columns<S> b = neighbours(args.gate, chunk.expert, n, args.I);
+      C* c = G::multiply(row, rows, args.H, b, scratch);
+      const S* gate_bias = of_expert(args.gate_bias, chunk.expert);
+      read_bias(gate_bias ? gate_bias + n : nullptr, b.size(), kPieceCols, bias);
+      finish_up(args, chunk, n, b.size(), args.I, 0, bias, c);
+    }
+  }
+
+  // Bias, the pre-activation and the activation of a piece: columns [n, n + count), in c at 0 and,
+  // if gated, at kHalf; in a row of hidden [width] at n and n + up_at.
+  static void finish_up(
+      const UpArgs& args, const RowChunk& chunk, int64_t n, int64_t count, int64_t width,
+      int64_t up_at, const C* bias, C* c) {
+    for (int64_t r = chunk.begin; r < chunk.end; ++r, c += kPieceCols) {
+      for (int64_t i = 0; i < kPieceCols; i += kLanes) {
+        store(c + i, load<V>(c + i) + load<V>(bias + i));
+      }
+      if (!args.hidden) continue;
+      S* hidden = static_cast<S*>(args.hidden) + r * width + n;
+      for (int64_t i = 0; i < count; i += kLanes) {
+        store(hidden + i, load<V>(c + i), count - i);
+        if (args.gated) store(hidden + up_at + i, load<V>(c + kHalf + i), count - i);
+      }
+    }
+    if (!args.activated) return;
+    c -= (chunk.end - chunk.begin) * kPieceCols;
+    dispatch_activation(args.activation, args.gated, [&](auto act) {
+      using Act = decltype(act);
+      S* out = static_cast<S*>(args.activated) + chunk.begin * args.I + n;
+      for (int64_t r = chunk.begin; r < chunk.end; ++r, c += kPieceCols, out += args.I) {
+        for (int64_t i = 0; i < count; i += kLanes) {
+          const V gate = load<V>(c + i);
+          const V up = Act::kGated ? load<V>(c + kHalf + i) : gate;
+          store(out + i, Act::value(gate, up), count - i);
+        }
+      }
+    });
+  }
+
+  static void combine(
+      const CombineArgs& args, const RowChunk* chunks, const TokenBlock& block, int64_t col,
+      void* scratch_buffer) {
+    const int64_t n = col * kPieceCols;
+    const int64_t count = smaller(args.N - n, kPieceCols);
+    Scratch scratch(scratch_buffer);
+    C* sums = scratch.take<C>((block.end - block.begin) * kPieceCols);
+    __builtin_memset(sums, 0, (block.end - block.begin) * kPieceCols * sizeof(C));
+    void* rest = scratch.take<C>(0);
+    const C* row_weight = static_cast<const C*>(args.row_weight);
+    const S* row[kMaxRows];
+    alignas(64) C bias[kPieceCols];
+    for (int64_t i = block.first_chunk; i < block.last_chunk; ++i) {
+      const RowChunk& chunk = chunks[i];
+      const int64_t rows = chunk.end - chunk.begin;
+      for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.rows, chunk.begin + r);
+      const S* expert_bias = of_expert(args.bias, chunk.expert);
+      read_bias(expert_bias ? expert_bias + n : nullptr, count, kPieceCols, bias);
+      const C* c =
+          G::multiply(row, rows, args.K, neighbours(args.weights, chunk.expert, n, args.N), rest);
+      for (int64_t r = chunk.begin; r < chunk.end; ++r, c += kPieceCols) {
+        C* to = sums + ((args.token ? args.token[r] : r) - block.begin) * kPieceCols;
+        const V weight(row_weight ? row_weight[r] : C(1));
+        for (int64_t j = 0; j < count; j += kLanes) {
+          store(to + j, multiply_add(weight, load<V>(c + j) + load<V>(bias + j), load<V>(to + j)));
+        }
+      }
+    }
+    S* out = static_cast<S*>(args.out) + block.begin * args.N + n;
+    for (int64_t t = block.begin; t < block.end; ++t, out += args.N, sums += kPieceCols) {
+      for (int64_t j = 0; j < count; j += kLanes) store(out + j, load<V>(sums + j), count - j);
+    }
+  }
+
+  static void grad_hidden(
+      const GradHiddenArgs& args, const RowChunk& chunk, int64_t col, void* scratch) {
+    const int64_t n = col * kPieceCols;
+    const int64_t rows = chunk.end - chunk.begin;
+    const int64_t count = smaller(args.I - n, kPieceCols);
+    const S* row[kMaxRows];
+    for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.grad_out, chunk.begin + r);
+    const C* c =
+        G::multiply(row, rows, args.H, neighbours(args.down, chunk.expert, n, args.I), scratch);
+    const int64_t width = args.gated ? 2 * args.I : args.I;
+    const int64_t up_at = args.gated ? args.I : 0;
+    const C* row_weight = static_cast<const C*>(args.row_weight);
+    C* parts = static_cast<C*>(args.grad_weight_parts);
+    if (parts) parts += col * args.num_rows;
+    dispatch_activation(args.activation, args.gated, [&](auto act) {
+      using Act = decltype(act);
+      for (int64_t r = chunk.begin; r < chunk.end; ++r, c += kPieceCols) {
+        const S* hidden = static_cast<const S*>(args.hidden) + r * width + n;
+        S* grad = args.grad_hidden ? static_cast<S*>(args.grad_hidden) + r * width + n : nullptr;
+        S* weighted = args.weighted ? static_cast<S*>(args.weighted) + r * args.I + n : nullptr;
+        const V weight(row_weight ? row_weight[r] : C(1));
+        V dot(0.0);
+        for (int64_t i = 0; i < count; i += kLanes) {
+          const int64_t left = count - i;
+          const V gate = load<V>(hidden + i, left);
+          const V up = Act::kGated ? load<V>(hidden + up_at + i, left) : gate;
+          const V g = load<V>(c + i, left);
+          const V a = Act::value(gate, up);
+          dot = multiply_add(g, a, dot);
+          if (weighted) store(weighted + i, weight * a, left);
+          if (grad) {
+            V dgate, dup;
+            Act::grad(gate, up, weight * g, &dgate, &dup);
+            store(grad + i, dgate, left);
+            if (Act::kGated) store(grad + up_at + i, dup, left);
+          }
+        }
+        if (parts) parts[r] = sum(dot);
+      }
+    });
+    const S* bias = of_expert(args.down_bias, chunk.expert);
+    if (!parts || !bias || col > 0) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      V dot(0.0);
+      for (int64_t i = 0; i < args.H; i += kLanes) {
+        dot = multiply_add(load<V>(row[r] + i, args.H - i), load<V>(bias + i, args.H - i), dot);
+      }
+      parts[chunk.begin + r] += sum(dot);
+    }
+  }
+
+  static void grad_weights(
+      const GradWeightsArgs& args, const RowChunk& chunk, int64_t m_block, int64_t n_block,
+      void* scratch) {
+    const int64_t m = m_block * kGradRows, n = n_block * kGradCols;
+    const int64_t M = smaller(args.M - m, kGradRows), N = smaller(args.N - n, kGradCols);
+    S* grad = static_cast<S*>(args.grad) + (chunk.expert * args.M + m) * args.N + n;
+    if (chunk.begin == chunk.end) {
+      for (int64_t i = 0; i < M; ++i) __builtin_memset(grad + i * args.N, 0, N * sizeof(S));
+      return;
+    }
+    const C* c =
+        G::multiply_transposed(args.left, m, M, args.right, n, N, chunk.begin, chunk.end, scratch);
+    for (int64_t i = 0; i < M; ++i, grad += args.N) {
+      for (int64_t j = 0; j < N; j += kLanes) {
+        const C* from = c + (j / kPieceCols * M + i) * kPieceCols + j % kPieceCols;
+        store(grad + j, load<V>(from), N - j);
+      }
+    }
+  }
+
+  static void column_sum(const ColumnSumArgs& args, const RowChunk& chunk, int64_t col) {
+    const int64_t m = col * kPieceCols;
+    const int64_t count = smaller(args.M - m, kPieceCols);
+    const C* row_weight = static_cast<const C*>(args.row_weight);
+    alignas(64) C sums[kPieceCols] = {};
+    for (int64_t r = chunk.begin; r < chunk.end; ++r) {
+      const S* row = row_of(args.rows, r) + m;
+      const V weight(row_weight ? row_weight[r] : C(1));
+      for (int64_t i = 0; i < count; i += kLanes) {
+        store(sums + i, multiply_add(weight, load<V>(row + i, count - i), load<V>(sums + i)));
+      }
+    }
+    S* out = static_cast<S*>(args.sum) + chunk.expert * args.M + m;
+    for (int64_t i = 0; i < count; i += kLanes) store(out + i, load<V>(sums + i), count - i);
+  }
+
+  static constexpr TypeKernels table() {
+    return {kMaxRows, G::scratch_bytes, G::grad_scratch_bytes, up,
+            combine,  grad_hidden,      grad_weights,          column_sum};
+  }
+};
+
+}  // namespace
+}  // namespace moe_ext::kernels

@@ -1,0 +1,155 @@
+// The CPU kernels: one table of functions for each instruction set, without torch.
+//
+// Work is cut into pieces that depend on shapes and routing alone, each writing places of its own,
+// so the bits of a result depend neither on the number of threads nor on who runs which piece.
+// Letters as everywhere: T tokens, H hidden, I intermediate, E experts, N routed rows.
+#pragma once
+
+#include <cstdint>
+
+#include "common/activation.h"
+
+namespace moe_ext::kernels {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+enum class Type { kF64, kF32, kBf16, kF16 };
+
+// Columns of a matrix product that one piece computes, and of weights' gradients per piece.
+constexpr int64_t kPieceCols = 64;
+constexpr int64_t kGradRows = 256;
+constexpr int64_t kGradCols = 128;
+
+// Rows of a matrix, gathered: row r begins at data + (index ? index[r] : r) * stride elements and
+// is contiguous.
+struct Rows {
+  const void* data;
+  int64_t stride;
+  const int32_t* index;
+};
+
+// One weight matrix per expert: element (n, k), output and input, of expert e lies at
+// data + e * expert_stride + n * n_stride + k * k_stride. One of n_stride, k_stride is 1.
+struct Weights {
+  const void* data;
+  int64_t expert_stride;
+  int64_t n_stride;
+  int64_t k_stride;
+};
+
+// A vector per expert, contiguous; data may be null: zeros.
+struct Bias {
+  const void* data;
+  int64_t expert_stride;
+};
+
+// Rows [begin, end) belong to the expert.
+struct RowChunk {
+  int64_t expert;
+  int64_t begin;
+  int64_t end;
+};
+
+// Pre-activations and activations of routed rows.
+struct UpArgs {
+  int64_t H, I;
+  Activation activation;
+  bool gated;
+  Rows tokens;       // indexed by row
+  Weights gate, up;  // [I, H]; up is not read if not gated
+  Bias gate_bias, up_bias;
+  void* hidden;     // [N, 2I] gate, then up, or [N, I]; may be null
+  void* activated;  // [N, I]; may be null
+};
+
+// out[t] = sum over the rows r with token(r) == t of weight(r) * (rows[r] weights^T + bias).
+struct CombineArgs {
+  int64_t K, N;  // columns of rows and of out
+  Rows rows;
+  Weights weights;         // [N, K]
+  Bias bias;               // [N]
+  const int32_t* token;    // of a row, or null: the row itself
+  const void* row_weight;  // compute type, or null: 1
+  void* out;               // [T, N]
+};
+
+// Tokens [begin, end), whose rows are the chunks [first_chunk, last_chunk).
+struct TokenBlock {
+  int64_t begin, end;
+  int64_t first_chunk, last_chunk;
+};
+
+// From the gradient of the finished rows back to the pre-activation.
+struct GradHiddenArgs {
+  int64_t H, I, num_rows;
+  Activation activation;
+  bool gated;
+  Rows grad_out;           // indexed by row
+  Weights down;            // n over I, k over H
+  Bias down_bias;          // [H]; read for grad_weight only
+  const void* hidden;      // [N, 2I] or [N, I]
+  const void* row_weight;  // compute type, or null: 1
+  void* grad_hidden;       // like hidden; may be null
+  void* weighted;          // [N, I]: weight * activation; may be null
+  // [ceil(I / kPieceCols), num_rows] compute type: parts of <grad_out, unweighted row>; may be
+  // null.
+  void* grad_weight_parts;
+};
+
+// grad[e, m, n] = sum over the rows r of expert e of left[r, m] * right[r, n].
+struct GradWeightsArgs {
+  int64_t M, N;
+  Rows left, right;
+  void* grad;  // [E, M, N]
+};
+
+// sum[e, m] = sum over the rows r of expert e of weight(r) * rows[r, m].
+struct ColumnSumArgs {
+  int64_t M;
+  Rows rows;
+  const void* row_weight;  // compute type, or null: 1
+  void* sum;               // [E, M]
+};
+
+// The functions for one storage type. `col` counts blocks of kPieceCols output columns.
+struct TypeKernels {
+  int64_t max_chunk_rows;  // of a RowChunk
+  // Bytes of scratch that a piece needs, for chunks of at most `rows` rows and products over at
+  // most `k` terms; combine also needs kPieceCols compute numbers for every token of its block.
+  int64_t (*scratch_bytes)(int64_t rows, int64_t k);
+  int64_t (*grad_scratch_bytes)(int64_t rows);
+  void (*up)(const UpArgs&, const RowChunk&, int64_t col, void* scratch);
+  void (*combine)(
+      const CombineArgs&, const RowChunk* chunks, const TokenBlock&, int64_t col, void* scratch);
+  void (*grad_hidden)(const GradHiddenArgs&, const RowChunk&, int64_t col, void* scratch);
+  void (*grad_weights)(
+      const GradWeightsArgs&, const RowChunk&, int64_t m_block, int64_t n_block, void* scratch);
+  void (*column_sum)(const ColumnSumArgs&, const RowChunk&, int64_t col);
+};
+
+struct Kernels {
+  const char* isa;
+  TypeKernels type[4];  // by Type
+};
+
+// The table in use: of the best instruction set that this machine, its operating system and the
+// cap allow.
+const Kernels& current();
+
+// Caps the instruction set (generic, avx2, avx512, avx512_bf16). False, and nothing changes, if
+// the name is unknown or the machine has no such instructions.
+bool set_isa(const char* name);
+
+extern const Kernels kGenericKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
+#endif
+
+}  // namespace moe_ext::kernels

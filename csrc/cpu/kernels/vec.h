@@ -1,0 +1,289 @@
+// Vectors of the unit's width: arithmetic by the compiler's vector extension, conversions by
+// intrinsics where the instruction set has them. Everything has internal linkage: a function
+// compiled for one instruction set must never be picked by the linker for another unit.
+//
+// A unit says what it may use by MOE_AVX2, MOE_AVX512, MOE_AVX512_BF16: g++ before 13 does not
+// define its own macros after a target pragma.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "cpu/kernels/kernels.h"
+
+#if defined(MOE_AVX512)
+#define MOE_VECTOR_BYTES 64
+#elif defined(MOE_AVX2)
+#define MOE_VECTOR_BYTES 32
+#else
+#define MOE_VECTOR_BYTES 16
+#endif
+#if defined(MOE_AVX2)
+// GCC 12 warns of its own header's deliberately undefined registers.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include <cmath>
+
+#define MOE_INLINE inline __attribute__((always_inline))
+
+namespace moe_ext::kernels {
+namespace {
+
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using Int = int32_t;
+};
+template <>
+struct Lanes<double> {
+  using Int = int64_t;
+};
+
+template <class T>
+struct Vec {
+  static constexpr int kLanes = MOE_VECTOR_BYTES / sizeof(T);
+  using Scalar = T;
+  using Int = typename Lanes<T>::Int;
+  typedef T Reg __attribute__((vector_size(MOE_VECTOR_BYTES)));
+  typedef Int IntReg __attribute__((vector_size(MOE_VECTOR_BYTES)));
+
+  Reg v;
+
+  Vec() = default;
+  MOE_INLINE Vec(Reg v) : v(v) {}
+  MOE_INLINE explicit Vec(double x) : v(Reg{} + static_cast<T>(x)) {}
+  MOE_INLINE IntReg bits() const { return reinterpret_cast<IntReg>(v); }
+  static MOE_INLINE Vec from_bits(IntReg bits) { return reinterpret_cast<Reg>(bits); }
+};
+
+template <class T>
+struct Mask {
+  typename Vec<T>::IntReg v;
+};
+
+#define MOE_VEC_OPERATOR(op)                                      \
+  template <class T>                                              \
+  MOE_INLINE Vec<T> operator op(Vec<T> a, Vec<T> b) {             \
+    return Vec<T>(static_cast<typename Vec<T>::Reg>(a.v op b.v)); \
+  }
+MOE_VEC_OPERATOR(+)
+MOE_VEC_OPERATOR(-)
+MOE_VEC_OPERATOR(*)
+MOE_VEC_OPERATOR(/)
+#undef MOE_VEC_OPERATOR
+template <class T>
+MOE_INLINE Vec<T> operator-(Vec<T> a) {
+  return Vec<T>(-a.v);
+}
+template <class T>
+MOE_INLINE Mask<T> operator<(Vec<T> a, Vec<T> b) {
+  return {a.v < b.v};
+}
+template <class T>
+MOE_INLINE Mask<T> operator>(Vec<T> a, Vec<T> b) {
+  return {a.v > b.v};
+}
+template <class T>
+MOE_INLINE Vec<T> select(Mask<T> mask, Vec<T> a, Vec<T> b) {
+  return Vec<T>(mask.v ? a.v : b.v);
+}
+
+// a * b + c; the compiler contracts it where the machine can.
+template <class T>
+MOE_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return Vec<T>(a.v * b.v + c.v);
+}
+
+template <class T>
+MOE_INLINE T sum(Vec<T> x) {
+#if defined(MOE_AVX512)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps(x.v);
+  if constexpr (sizeof(T) == 8) return _mm512_reduce_add_pd(x.v);
+#endif
+  T lane[Vec<T>::kLanes];
+  __builtin_memcpy(lane, &x.v, sizeof(lane));
+  for (int half = Vec<T>::kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
+// Element functions. Those of double are the library's: exact matters there, speed does not.
+
+template <class Fn>
+MOE_INLINE Vec<double> each_lane(Vec<double> x, Fn fn) {
+  for (int i = 0; i < Vec<double>::kLanes; ++i) x.v[i] = fn(x.v[i]);
+  return x;
+}
+MOE_INLINE Vec<double> exp(Vec<double> x) {
+  return each_lane(x, [](double lane) { return ::exp(lane); });
+}
+MOE_INLINE Vec<double> erfc(Vec<double> x) {
+  return each_lane(x, [](double lane) { return ::erfc(lane); });
+}
+
+// e^x = 2^n e^r, n the nearest integer to x / ln 2, |r| <= ln 2 / 2. Relative error about 1e-7;
+// NaN, infinities, overflow to infinity and gradual underflow as in the library.
+MOE_INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  x = select(x > V(89.0), V(89.0), x);
+  x = select(x < V(-105.0), V(-105.0), x);
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  const V magic(12582912.0);
+  const V shifted = multiply_add(x, V(1.44269504088896341), magic);
+  const V n = shifted - magic;
+  V r = multiply_add(n, V(-0.693359375), x);
+  r = multiply_add(n, V(2.12194440054690583e-4), r);
+  V p(1.0 / 5040);
+  p = multiply_add(p, r, V(1.0 / 720));
+  p = multiply_add(p, r, V(1.0 / 120));
+  p = multiply_add(p, r, V(1.0 / 24));
+  p = multiply_add(p, r, V(1.0 / 6));
+  p = multiply_add(p, r, V(0.5));
+  p = multiply_add(p, r, V(1.0));
+  p = multiply_add(p, r, V(1.0));
+  // 2^n in two factors: n reaches from -152 to 129.
+  const V::IntReg power = shifted.bits() - magic.bits();
+  const V::IntReg half = power >> 1;
+  const V low = V::from_bits((half + 127) << 23);
+  const V high = V::from_bits((power - half + 127) << 23);
+  return p * low * high;
+}
+
+// erfc(z) = t exp(-z^2 + P(t)), t = 2 / (2 + z), for z >= 0; P is a Chebyshev fit of degree 9,
+// relative error about 2e-7 (where z^2 is large, that of z^2 is added). erfc(-z) = 2 - erfc(z).
+MOE_INLINE Vec<float> erfc(Vec<float> x) {
+  using V = Vec<float>;
+  const V z = select(x < V(0.0), -x, x);
+  const V t = V(2.0) / (V(2.0) + z);
+  constexpr double kP[] = {0.152279484,   -0.720417711, 1.24870899,  -0.816819128, 0.0176640586,
+                           -0.0496802677, 0.051508147,  0.383202548, 0.999020346,  -1.26546641};
+  V p(kP[0]);
+  for (unsigned i = 1; i < sizeof(kP) / sizeof(kP[0]); ++i) p = multiply_add(p, t, V(kP[i]));
+  const V tail = t * exp(multiply_add(-z, z, p));
+  return select(x < V(0.0), V(2.0) - tail, tail);
+}
+
+// Memory. load and store convert between the stored type and the compute type; stores round to
+// nearest even.
+
+template <class T>
+MOE_INLINE T read_as(const void* p) {
+  T value;
+  __builtin_memcpy(&value, p, sizeof(T));
+  return value;
+}
+
+template <class V>
+MOE_INLINE V load(const typename V::Scalar* p) {
+  return V(read_as<typename V::Reg>(p));
+}
+template <class T>
+MOE_INLINE void store(T* p, Vec<T> x) {
+  __builtin_memcpy(p, &x.v, sizeof(x.v));
+}
+
+constexpr int kFloats = Vec<float>::kLanes;
+typedef uint16_t HalfReg __attribute__((vector_size(MOE_VECTOR_BYTES / 2)));
+typedef uint32_t UintReg __attribute__((vector_size(MOE_VECTOR_BYTES)));
+
+MOE_INLINE UintReg widen(HalfReg x) { return __builtin_convertvector(x, UintReg); }
+MOE_INLINE HalfReg narrow(UintReg x) { return __builtin_convertvector(x, HalfReg); }
+
+template <class V>
+MOE_INLINE V load(const bf16* p) {
+  return V(reinterpret_cast<typename V::Reg>(widen(read_as<HalfReg>(p)) << 16));
+}
+MOE_INLINE void store(bf16* p, Vec<float> x) {
+#if defined(MOE_AVX512_BF16)
+  const __m256bh rounded = _mm512_cvtneps_pbh(x.v);
+  __builtin_memcpy(p, &rounded, sizeof(rounded));
+#else
+  const UintReg bits = reinterpret_cast<UintReg>(x.v);
+  const UintReg rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const HalfReg half = narrow(x.v == x.v ? rounded : (bits >> 16) | 0x40);
+  __builtin_memcpy(p, &half, sizeof(half));
+#endif
+}
+
+template <class V>
+MOE_INLINE V load(const f16* p) {
+#if defined(MOE_AVX512)
+  return V(_mm512_cvtph_ps(read_as<__m256i>(p)));
+#elif defined(MOE_AVX2)
+  return V(_mm256_cvtph_ps(read_as<__m128i>(p)));
+#else
+  // The bits of a half, moved to a float's place, are the value times 2^-112: exact for
+  // subnormals too. Infinity and NaN need the float's exponent.
+  const UintReg half = widen(read_as<HalfReg>(p));
+  const UintReg magnitude = (half & 0x7fff) << 13;
+  const UintReg scaled = reinterpret_cast<UintReg>(
+      reinterpret_cast<typename V::Reg>(magnitude) * 5192296858534827628530496329220096.0f);
+  const UintReg value = magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000u : scaled;
+  return V(reinterpret_cast<typename V::Reg>(value | ((half & 0x8000) << 16)));
+#endif
+}
+MOE_INLINE void store(f16* p, Vec<float> x) {
+#if defined(MOE_AVX512)
+  const __m256i half = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(MOE_AVX2)
+  const __m128i half = _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const UintReg bits = reinterpret_cast<UintReg>(x.v);
+  const UintReg magnitude = bits & 0x7fffffff;
+  // Normal: drop 13 bits to nearest even and rebias; a carry runs into the exponent, up to
+  // infinity. Subnormal: adding 0.5 lets the addition round at the right place.
+  const UintReg normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const UintReg subnormal =
+      reinterpret_cast<UintReg>(reinterpret_cast<Vec<float>::Reg>(magnitude) + 0.5f) - 0x3f000000u;
+  UintReg result = magnitude < (113u << 23) ? subnormal : normal;
+  result = magnitude >= (143u << 23) ? UintReg{} + 0x7c00 : result;
+  result = magnitude > 0x7f800000u ? UintReg{} + 0x7e00 : result;
+  const HalfReg half = narrow(result | ((bits >> 16) & 0x8000));
+#endif
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+
+// The first n of a vector's lanes; the others read as zeros.
+template <class V, class S>
+MOE_INLINE V load(const S* p, int64_t n) {
+  if (n >= V::kLanes) return load<V>(p);
+  S lane[V::kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lane[i] = p[i];
+  return load<V>(lane);
+}
+template <class S, class T>
+MOE_INLINE void store(S* p, Vec<T> x, int64_t n) {
+  if (n >= Vec<T>::kLanes) return store(p, x);
+  S lane[Vec<T>::kLanes];
+  store(lane, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
+}
+
+// Transposes a square of kLanes vectors in place: log2(kLanes) rounds of exchanging blocks.
+template <int Step, class Reg, int... Lane>
+MOE_INLINE void exchange(Reg& a, Reg& b, std::integer_sequence<int, Lane...>) {
+  constexpr int kLanes = sizeof...(Lane);
+  const Reg low = __builtin_shufflevector(a, b, (Lane & Step ? kLanes + Lane - Step : Lane)...);
+  b = __builtin_shufflevector(a, b, (Lane & Step ? kLanes + Lane : Lane + Step)...);
+  a = low;
+}
+template <int Step, class Reg, int kLanes>
+MOE_INLINE void transpose_round(Reg (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(i & Step)) {
+      exchange<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, kLanes>());
+    }
+  }
+  if constexpr (Step * 2 < kLanes) transpose_round<Step * 2>(rows);
+}
+
+}  // namespace
+}  // namespace moe_ext::kernels

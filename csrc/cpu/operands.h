@@ -1,0 +1,64 @@
+// Tensors as the kernels see them. A descriptor points into its tensor, which must outlive it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "cpu/kernels/kernels.h"
+#include "ops/dtypes.h"
+
+namespace moe_ext::cpu {
+
+inline const kernels::TypeKernels& kernels_for(at::ScalarType dtype) {
+  const auto type = dtype == at::kDouble     ? kernels::Type::kF64
+                    : dtype == at::kFloat    ? kernels::Type::kF32
+                    : dtype == at::kBFloat16 ? kernels::Type::kBf16
+                                             : kernels::Type::kF16;
+  return kernels::current().type[static_cast<int>(type)];
+}
+
+// The tensor itself if a row's elements are neighbours, else a copy.
+inline at::Tensor with_dense_rows(const at::Tensor& matrix) {
+  return matrix.stride(1) == 1 || matrix.size(1) == 1 ? matrix : matrix.contiguous();
+}
+
+// matrix: with_dense_rows.
+inline kernels::Rows rows_of(const at::Tensor& matrix, const int32_t* index = nullptr) {
+  return {matrix.const_data_ptr(), matrix.stride(0), index};
+}
+
+// weight [E, N, K] itself if its rows or its columns are dense, else a copy.
+inline at::Tensor with_dense_weights(const at::Tensor& weight) {
+  const bool dense =
+      weight.stride(1) == 1 || weight.stride(2) == 1 || weight.size(1) == 1 || weight.size(2) == 1;
+  return dense ? weight : weight.contiguous();
+}
+
+// weight: with_dense_weights. The stride of a dimension of one element says nothing.
+inline kernels::Weights weights_of(const at::Tensor& weight) {
+  const int64_t n_stride = weight.size(1) == 1 ? 1 : weight.stride(1);
+  const int64_t k_stride = weight.size(2) == 1 ? 1 : weight.stride(2);
+  return {weight.const_data_ptr(), weight.stride(0), n_stride, k_stride};
+}
+
+inline kernels::Weights transposed(kernels::Weights weights) {
+  std::swap(weights.n_stride, weights.k_stride);
+  return weights;
+}
+
+// bias [E, N], contiguous, or undefined.
+inline kernels::Bias bias_of(const at::Tensor& bias) {
+  return bias.defined() ? kernels::Bias{bias.const_data_ptr(), bias.stride(0)}
+                        : kernels::Bias{nullptr, 0};
+}
+
+inline void* mutable_data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+}
+
+inline const void* any_data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
+
+}  // namespace moe_ext::cpu
