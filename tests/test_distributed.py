@@ -1,8 +1,5 @@
 """DDP and FSDP2 on two gloo processes: the gradients of one process on all the tokens."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -118,10 +115,10 @@ def fsdp(rank: int, folder: str) -> None:
         assert torch.equal(other(x), expected_output)
 
 
-def run_rank(rank: int, port: int, job, arguments) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def run_rank(rank: int, store: str, job, arguments) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    # A store in a file has no thread that could outlive the process group.
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     try:
         job(rank, *arguments)
     finally:
@@ -130,8 +127,5 @@ def run_rank(rank: int, port: int, job, arguments) -> None:
 
 @pytest.mark.parametrize("job", [ddp, fsdp])
 def test_gradients_equal_one_process(job, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     arguments = (str(tmp_path / "checkpoint"),) if job is fsdp else ()
-    mp.spawn(run_rank, (port, job, arguments), nprocs=WORLD)
+    mp.spawn(run_rank, (str(tmp_path / "store"), job, arguments), nprocs=WORLD)

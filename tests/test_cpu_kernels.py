@@ -1,0 +1,195 @@
+"""The CPU kernels on every instruction set that this machine has, and with any number of threads."""
+
+import pytest
+import torch
+from conftest import DTYPES, ROUTINGS, check_against_reference, leaf, make_experts, make_ids
+
+import moe_ext
+from moe_ext import reference
+
+ISAS = ["generic", "avx2", "avx512", "avx512_bf16"]  # each needs the ones before it
+
+SHAPES = [  # T, H, I, E, K, routing
+    (1, 1, 1, 1, 1, "random"),
+    (3, 70, 34, 5, 2, "random"),  # few rows: dot products
+    (90, 701, 37, 2, 1, "random"),  # more terms than a packed block, an odd number of them
+    (1100, 24, 40, 2, 1, "one_expert"),  # more rows than a chunk, more tokens than a block
+    (70, 33, 130, 3, 2, "skipped"),
+    (533, 129, 65, 4, 2, "skewed"),
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    best = moe_ext.cpu_isa()
+    if ISAS.index(request.param) > ISAS.index(best):
+        pytest.skip(f"this machine has {best}")
+    moe_ext.set_cpu_isa(request.param)
+    assert moe_ext.cpu_isa() == request.param
+    yield request.param
+    moe_ext.set_cpu_isa(best)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def make_inputs(T, H, I, E, K, routing, dtype, **experts):
+    return {
+        "tokens": torch.randn(T, H).to(dtype),
+        "topk_weights": torch.rand(T, K).to(dtype) + 0.1,
+        "topk_ids": make_ids(routing, T, K, E),
+        **make_experts(E, H, I, dtype=dtype, **experts),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference(isa, dtype, shape):
+    inputs = make_inputs(*shape, dtype, bias=True)
+    check_against_reference(moe_ext.moe_ffn, reference.moe_ffn, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [*reference.ACTIVATIONS, *reference.GATED_ACTIVATIONS])
+def test_activations(isa, dtype, activation):
+    for gated in (True, False) if activation in reference.ACTIVATIONS else (True,):
+        inputs = make_inputs(50, 24, 21, 3, 2, "random", dtype, gated=gated)
+        options = {"activation": activation, "gated": gated}
+        check_against_reference(
+            lambda options=options, **x: moe_ext.moe_ffn(**x, **options),
+            lambda options=options, **x: reference.moe_ffn(**x, **options),
+            inputs,
+            dtype,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_values(isa, dtype):
+    """Each element of the output is act(x), so every value's error shows by itself."""
+    largest = {torch.float16: 3e4}.get(dtype, 1e30)
+    x = torch.cat([torch.linspace(-30, 30, 6001), torch.tensor([0.0, -0.0, largest, -largest])])
+    x = x.to(dtype).unsqueeze(1)
+    one = torch.ones(1, 1, 1, dtype=dtype)
+    offsets = torch.tensor([0, len(x)], dtype=torch.int32)
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    for activation in ("silu", "gelu", "gelu_tanh", "relu", "identity"):
+        options = {"activation": activation, "gated": False}
+        out = moe_ext.expert_ffn(x, offsets, one, one, **options)
+        expected = reference.ACTIVATIONS[activation](x.double())
+        error = (out.double() - expected).abs()
+        # Relative to |x|, since no one asks for digits of silu(-30) but of its size.
+        assert (error <= 4 * eps * x.double().abs().clamp(min=tiny)).all(), activation
+    nan = torch.full((3, 1), float("nan"), dtype=dtype)
+    three = torch.tensor([0, 3], dtype=torch.int32)
+    for activation in reference.ACTIVATIONS:
+        out = moe_ext.expert_ffn(nan, three, one, one, activation=activation, gated=False)
+        assert out.isnan().all(), activation
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_to_nearest_even(isa, dtype):
+    """grouped_linear by the identity returns every finite 16-bit number; a sum is rounded once."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    smallest = torch.finfo(dtype).smallest_normal if dtype == torch.bfloat16 else 0.0
+    numbers = numbers[numbers.isfinite() & (numbers.abs() >= smallest)].unsqueeze(1)
+    offsets = torch.tensor([0, len(numbers)], dtype=torch.int32)
+    one = torch.ones(1, 1, 1, dtype=dtype)
+    out = torch.ops.moe_ext._grouped_linear(numbers, offsets, one)
+    assert torch.equal(out, numbers)
+    odd = 1 + torch.arange(64, dtype=torch.float64).unsqueeze(1) * torch.finfo(dtype).eps
+    half = torch.full((64, 1), torch.finfo(dtype).eps / 2, dtype=torch.float64)
+    rows = torch.cat([odd, half], dim=1)
+    ties = torch.ops.moe_ext._grouped_linear(
+        rows.to(dtype), torch.tensor([0, 64], dtype=torch.int32), torch.ones(1, 1, 2, dtype=dtype)
+    )
+    assert torch.equal(ties, rows.sum(dim=1, keepdim=True).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_in_any_layout(isa, dtype):
+    """[E, H, 2I] storage read as [E, 2I, H], rows far apart, nothing dense: the same numbers."""
+    inputs = make_inputs(60, 40, 24, 3, 2, "random", dtype)
+    expected = moe_ext.moe_ffn(**inputs)
+    for name in ("gate_up_proj", "down_proj"):
+        weight = inputs[name].detach()
+        wide = torch.zeros(*weight.shape[:2], 2 * weight.shape[2], dtype=dtype)
+        layouts = {
+            "transposed": weight.transpose(1, 2).contiguous().transpose(1, 2),
+            "padded": torch.cat([weight, weight], dim=2)[:, :, : weight.shape[2]],
+            "strided": wide[:, :, ::2].copy_(weight),
+        }
+        for layout, other in layouts.items():
+            assert torch.equal(other, weight)
+            out = moe_ext.moe_ffn(**{**inputs, name: other})
+            error = (out - expected).abs().max() / expected.abs().max()
+            assert error <= 2 * torch.finfo(dtype).eps, (name, layout)
+
+
+def train_step(inputs, **options):
+    leaves = {
+        name: leaf(value) if value.is_floating_point() else value for name, value in inputs.items()
+    }
+    out = moe_ext.moe_ffn(**leaves, **options)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
+    out.backward(grad)
+    return [out, *(value.grad for value in leaves.values() if value.is_floating_point())]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_same_bits_for_any_number_of_threads(threads, dtype, routing):
+    inputs = make_inputs(700, 96, 80, 6, 2, routing, dtype, bias=True)
+    threads(1)
+    expected = train_step(inputs)
+    for count in (2, 3, 7):
+        threads(count)
+        for actual, one in zip(train_step(inputs), expected, strict=True):
+            assert torch.equal(actual, one), count
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_has_the_same_bits_for_any_number_of_threads(threads, dtype):
+    """Logits, router, losses, experts and shared experts, forward and backward."""
+    torch.manual_seed(0)
+    layer = moe_ext.MoE(
+        96, 80, 6, 2, shared_intermediate_size=40, z_loss_coef=1e-3, init_std=0.2, dtype=dtype
+    )
+    x = torch.randn(700, 96).to(dtype)
+
+    def run():
+        layer.zero_grad()
+        tokens = leaf(x)
+        out, loss = layer(tokens, return_aux_loss=True)
+        (out.float().square().mean() + loss).backward()
+        return [out, loss, tokens.grad, *(p.grad for p in layer.parameters())]
+
+    threads(1)
+    expected = run()
+    for count in (2, 3):
+        threads(count)
+        for actual, one in zip(run(), expected, strict=True):
+            assert torch.equal(actual, one), count
+
+
+def test_inside_a_parallel_region(threads):
+    """Called by a worker of another thread pool, without waiting for threads that never come."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    inputs = make_inputs(300, 96, 80, 6, 2, "random", torch.float32)
+    expected = train_step(inputs)
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(lambda _: train_step(inputs), range(8)):
+            for actual, one in zip(result, expected, strict=True):
+                assert torch.equal(actual, one)
+
+
+@pytest.mark.parametrize("name", ["sse9", "", "AVX2"])
+def test_unknown_instruction_set(name):
+    before = moe_ext.cpu_isa()
+    with pytest.raises(ValueError, match=f"set_cpu_isa: name must be .*got '{name}'"):
+        moe_ext.set_cpu_isa(name)
+    assert moe_ext.cpu_isa() == before
