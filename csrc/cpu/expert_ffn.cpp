@@ -198,13 +198,22 @@ void expert_ffn_backward(
     last.push_back(combine_job(kernels, to_tokens, blocks));
     scratch = std::max(scratch, combine_scratch(kernels, blocks, experts.width, wide));
   }
+  const int64_t weights = (experts.width + experts.I) * experts.H;
+  const bool stream = streams(experts.E * weights * tokens.element_size());
   const kernels::GradWeightsArgs gate_up{
-      experts.width, experts.H, wants_grad_hidden ? rows_of(grad_hidden) : kernels::Rows{},
-      rows_of(tokens, rows.token_data()), mutable_data_or_null(grads.gate_up_proj)};
+      experts.width,
+      experts.H,
+      wants_grad_hidden ? rows_of(grad_hidden) : kernels::Rows{},
+      rows_of(tokens, rows.token_data()),
+      mutable_data_or_null(grads.gate_up_proj),
+      stream};
   const kernels::GradWeightsArgs down{
-      experts.H, experts.I, rows_of(grad_out, rows.token_data()),
+      experts.H,
+      experts.I,
+      rows_of(grad_out, rows.token_data()),
       weighted.defined() ? rows_of(weighted) : kernels::Rows{},
-      mutable_data_or_null(grads.down_proj)};
+      mutable_data_or_null(grads.down_proj),
+      stream};
   if (grads.gate_up_proj.defined())
     last.push_back(grad_weights_job(kernels, gate_up, whole_experts));
   if (grads.down_proj.defined()) last.push_back(grad_weights_job(kernels, down, whole_experts));
@@ -222,7 +231,6 @@ void expert_ffn_backward(
   if (grads.down_bias.defined()) last.push_back(column_sum_job(kernels, down_bias, whole_experts));
   phases.push_back(last);
 
-  const int64_t weights = (experts.width + experts.I) * experts.H;
   run_phases(
       phases, scratch,
       estimate_nanoseconds(2 * N * weights, experts.E * weights * tokens.element_size()));

@@ -77,6 +77,19 @@ TokenBlocks::TokenBlocks(
   }
 }
 
+namespace {
+
+// One piece for each of `count` things and each of its columns; neighbouring pieces share rows.
+template <class Fn>
+Job col_job(int64_t count, int64_t cols, const Fn& fn) {
+  return {count * cols, [fn, cols](int64_t piece, bool next, void* scratch) {
+            const int64_t col = piece % cols;
+            fn(piece / cols, col, next && col + 1 < cols, scratch);
+          }};
+}
+
+}  // namespace
+
 int64_t combine_scratch(
     const TypeKernels& kernels, const TokenBlocks& blocks, int64_t K, bool wide) {
   int64_t tokens = 0;
@@ -87,31 +100,29 @@ int64_t combine_scratch(
 
 Job up_job(
     const TypeKernels& kernels, const kernels::UpArgs& args, const std::vector<RowChunk>& chunks) {
-  const int64_t cols = piece_cols(args.gated ? 2 * args.I : args.I);
-  const int64_t count = chunks.size();
-  return {count * cols, [&kernels, &args, &chunks, cols](int64_t piece, void* scratch) {
-            kernels.up(args, chunks[piece / cols], piece % cols, scratch);
-          }};
+  return col_job(
+      chunks.size(), piece_cols(args.gated ? 2 * args.I : args.I),
+      [&](int64_t i, int64_t col, bool next, void* scratch) {
+        kernels.up(args, chunks[i], col, next, scratch);
+      });
 }
 
 Job combine_job(
     const TypeKernels& kernels, const kernels::CombineArgs& args, const TokenBlocks& blocks) {
-  const int64_t cols = piece_cols(args.N);
-  const int64_t count = blocks.blocks.size();
-  return {count * cols, [&kernels, &args, &blocks, cols](int64_t piece, void* scratch) {
-            kernels.combine(
-                args, blocks.chunks.data(), blocks.blocks[piece / cols], piece % cols, scratch);
-          }};
+  return col_job(
+      blocks.blocks.size(), piece_cols(args.N),
+      [&](int64_t i, int64_t col, bool next, void* scratch) {
+        kernels.combine(args, blocks.chunks.data(), blocks.blocks[i], col, next, scratch);
+      });
 }
 
 Job grad_hidden_job(
     const TypeKernels& kernels, const kernels::GradHiddenArgs& args,
     const std::vector<RowChunk>& chunks) {
-  const int64_t cols = piece_cols(args.I);
-  const int64_t count = chunks.size();
-  return {count * cols, [&kernels, &args, &chunks, cols](int64_t piece, void* scratch) {
-            kernels.grad_hidden(args, chunks[piece / cols], piece % cols, scratch);
-          }};
+  return col_job(
+      chunks.size(), piece_cols(args.I), [&](int64_t i, int64_t col, bool next, void* scratch) {
+        kernels.grad_hidden(args, chunks[i], col, next, scratch);
+      });
 }
 
 Job grad_weights_job(
@@ -122,7 +133,7 @@ Job grad_weights_job(
   const int64_t count = experts.size();
   return {
       count * m_blocks * n_blocks,
-      [&kernels, &args, &experts, m_blocks, n_blocks](int64_t piece, void* scratch) {
+      [&kernels, &args, &experts, m_blocks, n_blocks](int64_t piece, bool, void* scratch) {
         const int64_t n_block = piece % n_blocks;
         const int64_t m_block = piece / n_blocks % m_blocks;
         kernels.grad_weights(args, experts[piece / n_blocks / m_blocks], m_block, n_block, scratch);
@@ -134,7 +145,7 @@ Job column_sum_job(
     const std::vector<RowChunk>& experts) {
   const int64_t cols = piece_cols(args.M);
   const int64_t count = experts.size();
-  return {count * cols, [&kernels, &args, &experts, cols](int64_t piece, void*) {
+  return {count * cols, [&kernels, &args, &experts, cols](int64_t piece, bool, void*) {
             kernels.column_sum(args, experts[piece / cols], piece % cols);
           }};
 }

@@ -35,6 +35,9 @@ struct TokenBlocks {
       int64_t max_rows);
 };
 
+// Whether weights' gradients of so many bytes are written past the caches.
+inline bool streams(int64_t bytes) { return bytes > 16 << 20; }
+
 // Bytes of scratch for a combine piece.
 int64_t combine_scratch(
     const kernels::TypeKernels& kernels, const TokenBlocks& blocks, int64_t K, bool wide);

@@ -57,8 +57,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
   Phase phase;
   if (output_mask[1]) grad_weight = at::empty(weight.sizes(), weight.options());
   const kernels::GradWeightsArgs product{
-      weight.size(1), weight.size(2), rows_of(grad_out), rows_of(rows),
-      mutable_data_or_null(grad_weight)};
+      weight.size(1),
+      weight.size(2),
+      rows_of(grad_out),
+      rows_of(rows),
+      mutable_data_or_null(grad_weight),
+      streams(weight.numel() * weight.element_size())};
   if (output_mask[1]) phase.push_back(grad_weights_job(kernels, product, experts));
   if (output_mask[2]) grad_bias = at::empty({weight.size(0), weight.size(1)}, weight.options());
   const kernels::ColumnSumArgs sum{

@@ -12,16 +12,21 @@ namespace {
 // Waking and joining threads costs a few microseconds.
 constexpr double kNanosecondsPerThread = 10000;
 
+constexpr int64_t kRunsPerThread = 16;
+
 int64_t count_pieces(const Phase& phase) {
   int64_t pieces = 0;
   for (const Job& job : phase) pieces += job.pieces;
   return pieces;
 }
 
-void run_piece(const Phase& phase, int64_t piece, void* scratch) {
+void run_pieces(const Phase& phase, int64_t begin, int64_t end, void* scratch) {
   for (const Job& job : phase) {
-    if (piece < job.pieces) return job.run(piece, scratch);
-    piece -= job.pieces;
+    const int64_t last = std::min(end, job.pieces);
+    for (; begin < last; ++begin) job.run(begin, begin + 1 < last, scratch);
+    begin -= job.pieces;
+    end -= job.pieces;
+    if (end <= 0) return;
   }
 }
 
@@ -47,7 +52,7 @@ void run_phases(const std::vector<Phase>& phases, int64_t scratch_bytes, double 
 
   if (threads == 1) {
     for (size_t p = 0; p < phases.size(); ++p) {
-      for (int64_t i = 0; i < pieces[p]; ++i) run_piece(phases[p], i, scratch);
+      run_pieces(phases[p], 0, pieces[p], scratch);
     }
     return;
   }
@@ -59,8 +64,10 @@ void run_phases(const std::vector<Phase>& phases, int64_t scratch_bytes, double 
     // The team may be smaller than asked for, never larger.
     void* own = scratch + arrived.fetch_add(1) * stride;
     for (size_t p = 0; p < phases.size(); ++p) {
-      for (int64_t i = next[p].fetch_add(1); i < pieces[p]; i = next[p].fetch_add(1)) {
-        run_piece(phases[p], i, own);
+      // A thread takes neighbours, few enough that the last of them is not waited for long.
+      const int64_t run = std::max<int64_t>(pieces[p] / (threads * kRunsPerThread), 1);
+      for (int64_t i = next[p].fetch_add(run); i < pieces[p]; i = next[p].fetch_add(run)) {
+        run_pieces(phases[p], i, std::min(i + run, pieces[p]), own);
       }
 #pragma omp barrier
     }

@@ -7,11 +7,11 @@
 
 namespace moe_ext::cpu {
 
-// run(piece, scratch) for piece in [0, pieces), each once, in any order, by any thread. It must
-// not throw.
+// run(piece, next, scratch) for piece in [0, pieces), each once, in any order, by any thread.
+// `next`: the same thread will run piece + 1 next. It must not throw.
 struct Job {
   int64_t pieces;
-  std::function<void(int64_t piece, void* scratch)> run;
+  std::function<void(int64_t piece, bool next, void* scratch)> run;
 };
 using Phase = std::vector<Job>;
 

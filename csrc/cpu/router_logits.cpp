@@ -55,8 +55,12 @@ std::tuple<at::Tensor, at::Tensor> router_logits_backward(
     grad_weight = at::empty(weight_.sizes(), tokens.options());
     const auto& kernels = kernels_for(dtype);
     const kernels::GradWeightsArgs args{
-        weight_.size(0), weight_.size(1), rows_of(grad_logits), rows_of(tokens),
-        grad_weight.mutable_data_ptr()};
+        weight_.size(0),
+        weight_.size(1),
+        rows_of(grad_logits),
+        rows_of(tokens),
+        grad_weight.mutable_data_ptr(),
+        false};
     const auto all_rows = expert_chunks({0, tokens.size(0)});
     run_phases(
         {{grad_weights_job(kernels, args, all_rows)}}, kernels.grad_scratch_bytes(tokens.size(0)),

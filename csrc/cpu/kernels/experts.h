@@ -42,62 +42,77 @@ struct Experts {
     }
   }
 
-  static void up(const UpArgs& args, const RowChunk& chunk, int64_t col, void* scratch) {
-    const int64_t rows = chunk.end - chunk.begin;
-    const S* row[kMaxRows];
-    for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.tokens, chunk.begin + r);
-    alignas(64) C bias[kPieceCols];
-    if (args.gated) {
-      const int64_t n = col * kHalf;
-      const int64_t count = smaller(args.I - n, kHalf);
-      const Columns<S> b{
-          {of_expert(args.gate, chunk.expert) + n * args.gate.n_stride,
-           of_expert(args.up, chunk.expert) + n * args.up.n_stride},
-          {count, count},
-          args.gate.n_stride,
-          args.gate.k_stride,
-          nullptr};
-      C* c = G::multiply(row, rows, args.H, b, scratch);
-      const S* gate_bias = of_expert(args.gate_bias, chunk.expert);
-      const S* up_bias = of_expert(args.up_bias, chunk.expert);
-      read_bias(gate_bias ? gate_bias + n : nullptr, count, kHalf, bias);
-      read_bias(up_bias ? up_bias + n : nullptr, count, kHalf, bias + kHalf);
-      finish_up(args, chunk, n, count, 2 * args.I, args.I, bias, c);
-    } else {
-      const int64_t n = col * kPieceCols;
-      const Columns<S> b = neighbours(args.gate, chunk.expert, n, args.I);
-      C* c = G::multiply(row, rows, args.H, b, scratch);
-      const S* gate_bias = of_expert(args.gate_bias, chunk.expert);
-      read_bias(gate_bias ? gate_bias + n : nullptr, b.size(), kPieceCols, bias);
-      finish_up(args, chunk, n, b.size(), args.I, 0, bias, c);
+  // The pieces write and read short runs of far rows: fetched this many rows before they are due.
+  static constexpr int64_t kRowsAhead = 8;
+  template <bool kWrite>
+  static MOE_INLINE void fetch_run(const S* p, int64_t count) {
+    for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(S)); byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, kWrite);
     }
   }
 
-  // Bias, the pre-activation and the activation of a piece: columns [n, n + count), in c at 0 and,
-  // if gated, at kHalf; in a row of hidden [width] at n and n + up_at.
+  // The columns of up's piece `col`: of gate and up, or neighbours.
+  static Columns<S> up_columns(const UpArgs& args, int64_t expert, int64_t col) {
+    if (!args.gated) return neighbours(args.gate, expert, col * kPieceCols, args.I);
+    const int64_t n = col * kHalf;
+    const int64_t count = smaller(args.I - n, kHalf);
+    return {
+        {of_expert(args.gate, expert) + n * args.gate.n_stride,
+         of_expert(args.up, expert) + n * args.up.n_stride},
+        {count, count},
+        args.gate.n_stride,
+        args.gate.k_stride,
+        nullptr};
+  }
+
+  static void up(const UpArgs& args, const RowChunk& chunk, int64_t col, bool next, void* scratch) {
+    const int64_t rows = chunk.end - chunk.begin;
+    const S* row[kMaxRows];
+    for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.tokens, chunk.begin + r);
+    const int64_t n = col * (args.gated ? kHalf : kPieceCols);
+    const Columns<S> b = up_columns(args, chunk.expert, col);
+    const int64_t count = args.gated ? b.count[0] : b.size();
+    alignas(64) C bias[kPieceCols];
+    const S* gate_bias = of_expert(args.gate_bias, chunk.expert);
+    const S* up_bias = of_expert(args.up_bias, chunk.expert);
+    read_bias(gate_bias ? gate_bias + n : nullptr, count, args.gated ? kHalf : kPieceCols, bias);
+    if (args.gated) read_bias(up_bias ? up_bias + n : nullptr, count, kHalf, bias + kHalf);
+    const auto finish = [&](const C* c, int64_t first, int64_t tile_rows) {
+      finish_up(args, chunk.begin + first, tile_rows, n, count, bias, c);
+    };
+    const Columns<S> after = next ? up_columns(args, chunk.expert, col + 1) : b;
+    G::multiply(row, rows, args.H, b, next ? &after : nullptr, scratch, Finish<C>(finish));
+  }
+
+  // Bias, the pre-activation and the activation of some rows of a piece: columns [n, n + count),
+  // in c at 0 and, if gated, at kHalf.
   static void finish_up(
-      const UpArgs& args, const RowChunk& chunk, int64_t n, int64_t count, int64_t width,
-      int64_t up_at, const C* bias, C* c) {
-    for (int64_t r = chunk.begin; r < chunk.end; ++r, c += kPieceCols) {
-      for (int64_t i = 0; i < kPieceCols; i += kLanes) {
-        store(c + i, load<V>(c + i) + load<V>(bias + i));
-      }
-      if (!args.hidden) continue;
-      S* hidden = static_cast<S*>(args.hidden) + r * width + n;
-      for (int64_t i = 0; i < count; i += kLanes) {
-        store(hidden + i, load<V>(c + i), count - i);
-        if (args.gated) store(hidden + up_at + i, load<V>(c + kHalf + i), count - i);
+      const UpArgs& args, int64_t begin, int64_t rows, int64_t n, int64_t count, const C* bias,
+      const C* c) {
+    const int64_t width = args.gated ? 2 * args.I : args.I;
+    const auto biased = [&](int64_t r, int64_t i) {
+      return load<V>(c + r * kPieceCols + i) + load<V>(bias + i);
+    };
+    if (args.hidden) {
+      S* hidden = static_cast<S*>(args.hidden) + begin * width + n;
+      for (int64_t r = 0; r < rows; ++r, hidden += width) {
+        fetch_run<true>(hidden + kRowsAhead * width, count);
+        if (args.gated) fetch_run<true>(hidden + kRowsAhead * width + args.I, count);
+        for (int64_t i = 0; i < count; i += kLanes) {
+          store(hidden + i, biased(r, i), count - i);
+          if (args.gated) store(hidden + args.I + i, biased(r, kHalf + i), count - i);
+        }
       }
     }
     if (!args.activated) return;
-    c -= (chunk.end - chunk.begin) * kPieceCols;
     dispatch_activation(args.activation, args.gated, [&](auto act) {
       using Act = decltype(act);
-      S* out = static_cast<S*>(args.activated) + chunk.begin * args.I + n;
-      for (int64_t r = chunk.begin; r < chunk.end; ++r, c += kPieceCols, out += args.I) {
+      S* out = static_cast<S*>(args.activated) + begin * args.I + n;
+      for (int64_t r = 0; r < rows; ++r, out += args.I) {
+        fetch_run<true>(out + kRowsAhead * args.I, count);
         for (int64_t i = 0; i < count; i += kLanes) {
-          const V gate = load<V>(c + i);
-          const V up = Act::kGated ? load<V>(c + kHalf + i) : gate;
+          const V gate = biased(r, i);
+          const V up = Act::kGated ? biased(r, kHalf + i) : gate;
           store(out + i, Act::value(gate, up), count - i);
         }
       }
@@ -106,7 +121,7 @@ struct Experts {
 
   static void combine(
       const CombineArgs& args, const RowChunk* chunks, const TokenBlock& block, int64_t col,
-      void* scratch_buffer) {
+      bool next, void* scratch_buffer) {
     const int64_t n = col * kPieceCols;
     const int64_t count = smaller(args.N - n, kPieceCols);
     Scratch scratch(scratch_buffer);
@@ -122,42 +137,76 @@ struct Experts {
       for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.rows, chunk.begin + r);
       const S* expert_bias = of_expert(args.bias, chunk.expert);
       read_bias(expert_bias ? expert_bias + n : nullptr, count, kPieceCols, bias);
-      const C* c =
-          G::multiply(row, rows, args.K, neighbours(args.weights, chunk.expert, n, args.N), rest);
-      for (int64_t r = chunk.begin; r < chunk.end; ++r, c += kPieceCols) {
-        C* to = sums + ((args.token ? args.token[r] : r) - block.begin) * kPieceCols;
-        const V weight(row_weight ? row_weight[r] : C(1));
-        for (int64_t j = 0; j < count; j += kLanes) {
-          store(to + j, multiply_add(weight, load<V>(c + j) + load<V>(bias + j), load<V>(to + j)));
+      const auto finish = [&](const C* c, int64_t first, int64_t tile_rows) {
+        for (int64_t r = chunk.begin + first; tile_rows > 0; --tile_rows, ++r, c += kPieceCols) {
+          C* to = sums + ((args.token ? args.token[r] : r) - block.begin) * kPieceCols;
+          const V weight(row_weight ? row_weight[r] : C(1));
+          for (int64_t j = 0; j < count; j += kLanes) {
+            store(
+                to + j, multiply_add(weight, load<V>(c + j) + load<V>(bias + j), load<V>(to + j)));
+          }
         }
-      }
+      };
+      const bool more = i + 1 < block.last_chunk;
+      const Columns<S> after = neighbours(
+          args.weights, chunks[more ? i + 1 : block.first_chunk].expert,
+          more || !next ? n : n + kPieceCols, args.N);
+      G::multiply(
+          row, rows, args.K, neighbours(args.weights, chunk.expert, n, args.N),
+          more || next ? &after : nullptr, rest, Finish<C>(finish));
     }
     S* out = static_cast<S*>(args.out) + block.begin * args.N + n;
     for (int64_t t = block.begin; t < block.end; ++t, out += args.N, sums += kPieceCols) {
+      fetch_run<true>(out + kRowsAhead * args.N, count);
       for (int64_t j = 0; j < count; j += kLanes) store(out + j, load<V>(sums + j), count - j);
     }
   }
 
   static void grad_hidden(
-      const GradHiddenArgs& args, const RowChunk& chunk, int64_t col, void* scratch) {
+      const GradHiddenArgs& args, const RowChunk& chunk, int64_t col, bool next, void* scratch) {
     const int64_t n = col * kPieceCols;
     const int64_t rows = chunk.end - chunk.begin;
-    const int64_t count = smaller(args.I - n, kPieceCols);
     const S* row[kMaxRows];
     for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.grad_out, chunk.begin + r);
-    const C* c =
-        G::multiply(row, rows, args.H, neighbours(args.down, chunk.expert, n, args.I), scratch);
+    const auto finish = [&](const C* c, int64_t first, int64_t tile_rows) {
+      finish_grad_hidden(args, chunk.begin + first, tile_rows, col, c);
+    };
+    const Columns<S> after = neighbours(args.down, chunk.expert, next ? n + kPieceCols : n, args.I);
+    G::multiply(
+        row, rows, args.H, neighbours(args.down, chunk.expert, n, args.I), next ? &after : nullptr,
+        scratch, Finish<C>(finish));
+
+    const S* bias = of_expert(args.down_bias, chunk.expert);
+    if (!args.grad_weight_parts || !bias || col > 0) return;
+    C* parts = static_cast<C*>(args.grad_weight_parts);
+    for (int64_t r = 0; r < rows; ++r) {
+      V dot(0.0);
+      for (int64_t i = 0; i < args.H; i += kLanes) {
+        dot = multiply_add(load<V>(row[r] + i, args.H - i), load<V>(bias + i, args.H - i), dot);
+      }
+      parts[chunk.begin + r] += sum(dot);
+    }
+  }
+
+  static void finish_grad_hidden(
+      const GradHiddenArgs& args, int64_t begin, int64_t rows, int64_t col, const C* c) {
+    const int64_t n = col * kPieceCols;
+    const int64_t count = smaller(args.I - n, kPieceCols);
     const int64_t width = args.gated ? 2 * args.I : args.I;
     const int64_t up_at = args.gated ? args.I : 0;
     const C* row_weight = static_cast<const C*>(args.row_weight);
     C* parts = static_cast<C*>(args.grad_weight_parts);
-    if (parts) parts += col * args.num_rows;
     dispatch_activation(args.activation, args.gated, [&](auto act) {
       using Act = decltype(act);
-      for (int64_t r = chunk.begin; r < chunk.end; ++r, c += kPieceCols) {
+      for (int64_t r = begin; r < begin + rows; ++r, c += kPieceCols) {
         const S* hidden = static_cast<const S*>(args.hidden) + r * width + n;
         S* grad = args.grad_hidden ? static_cast<S*>(args.grad_hidden) + r * width + n : nullptr;
         S* weighted = args.weighted ? static_cast<S*>(args.weighted) + r * args.I + n : nullptr;
+        fetch_run<false>(hidden + kRowsAhead * width, count);
+        if (Act::kGated) fetch_run<false>(hidden + kRowsAhead * width + up_at, count);
+        if (grad) fetch_run<true>(grad + kRowsAhead * width, count);
+        if (grad && Act::kGated) fetch_run<true>(grad + kRowsAhead * width + up_at, count);
+        if (weighted) fetch_run<true>(weighted + kRowsAhead * args.I, count);
         const V weight(row_weight ? row_weight[r] : C(1));
         V dot(0.0);
         for (int64_t i = 0; i < count; i += kLanes) {
@@ -175,18 +224,9 @@ struct Experts {
             if (Act::kGated) store(grad + up_at + i, dup, left);
           }
         }
-        if (parts) parts[r] = sum(dot);
+        if (parts) parts[col * args.num_rows + r] = sum(dot);
       }
     });
-    const S* bias = of_expert(args.down_bias, chunk.expert);
-    if (!parts || !bias || col > 0) return;
-    for (int64_t r = 0; r < rows; ++r) {
-      V dot(0.0);
-      for (int64_t i = 0; i < args.H; i += kLanes) {
-        dot = multiply_add(load<V>(row[r] + i, args.H - i), load<V>(bias + i, args.H - i), dot);
-      }
-      parts[chunk.begin + r] += sum(dot);
-    }
   }
 
   static void grad_weights(
@@ -199,13 +239,24 @@ struct Experts {
       for (int64_t i = 0; i < M; ++i) __builtin_memset(grad + i * args.N, 0, N * sizeof(S));
       return;
     }
-    const C* c =
-        G::multiply_transposed(args.left, m, M, args.right, n, N, chunk.begin, chunk.end, scratch);
-    for (int64_t i = 0; i < M; ++i, grad += args.N) {
-      for (int64_t j = 0; j < N; j += kLanes) {
-        const C* from = c + (j / kPieceCols * M + i) * kPieceCols + j % kPieceCols;
-        store(grad + j, load<V>(from), N - j);
-      }
+    G::multiply_transposed(
+        args.left, m, M, args.right, n, N, chunk.begin, chunk.end, scratch, [&](int64_t col) {
+          return [=](const C* c, int64_t first, int64_t rows) {
+            S* out = grad + first * args.N + col;
+            const int64_t count = smaller(N - col, kPieceCols);
+            for (int64_t r = 0; r < rows; ++r, out += args.N, c += kPieceCols) {
+              store_run(out, c, count, args.stream);
+            }
+          };
+        });
+  }
+
+  // count <= kPieceCols numbers, past the caches if `past` and only whole lines are written.
+  static MOE_INLINE void store_run(S* out, const C* c, int64_t count, bool past) {
+    if (past && count == kPieceCols && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+      for (int64_t j = 0; j < kPieceCols; j += kLanes) stream(out + j, load<V>(c + j));
+    } else {
+      for (int64_t j = 0; j < count; j += kLanes) store(out + j, load<V>(c + j), count - j);
     }
   }
 

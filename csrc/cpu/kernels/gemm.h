@@ -94,6 +94,95 @@ class Scratch {
   char* at_;
 };
 
+// Lines of memory to fetch while a tile computes, one for each of its steps: first the rows of the
+// next tile, then the next block of B. Both lie scattered in short runs, where the hardware's own
+// prefetching does not help.
+class Ahead {
+ public:
+  static constexpr int kRun = 16;  // lines between two calls of next
+  struct Run {
+    const char* at;
+    int64_t step;
+  };
+  // `count` runs of `lines` lines, each line `line_step` bytes after the one before.
+  struct Runs {
+    const char* at = nullptr;
+    int64_t count = 0, stride = 0, lines = 0, line_step = 0;
+  };
+
+  explicit Ahead(const char* nothing) : nothing_(nothing) {}
+
+  // The block is fetched by the last of `calls` calls that the rows leave free, or the cache would
+  // lose it again before it is used.
+  void set_block(const Runs (&block)[2], int64_t calls) {
+    line_ = 0;
+    for (int half = 0; half < 2; ++half) {
+      block_[half] = block[half];
+      calls -= block[half].count * ((block[half].lines + kRun - 1) / kRun);
+    }
+    wait_ = calls - calls / 8;
+  }
+  void set_rows(const char* const* rows, int64_t count, int64_t bytes) {
+    row_ = rows;
+    last_row_ = rows + count;
+    row_bytes_ = bytes;
+    byte_ = 0;
+  }
+
+  MOE_INLINE Run next() {
+    if (row_ < last_row_) {
+      const char* at = *row_ + byte_;
+      byte_ += kRun * 64;
+      if (byte_ >= row_bytes_) {
+        byte_ = 0;
+        ++row_;
+      }
+      return {at, 64};
+    }
+    if (--wait_ >= 0) return {nothing_, 0};
+    for (Runs& runs : block_) {
+      if (runs.count == 0) continue;
+      const char* at = runs.at + line_ * runs.line_step;
+      line_ += kRun;
+      if (line_ >= runs.lines) {
+        line_ = 0;
+        runs.at += runs.stride;
+        --runs.count;
+      }
+      return {at, runs.line_step};
+    }
+    return {nothing_, 0};
+  }
+
+ private:
+  const char* nothing_;
+  const char* const* row_ = nullptr;
+  const char* const* last_row_ = nullptr;
+  int64_t row_bytes_ = 0, byte_ = 0, line_ = 0, wait_ = 0;
+  Runs block_[2];
+};
+
+// What happens to rows of a product as soon as they are complete and still in the nearest cache:
+// fn(c, first, count), c [count, kPieceCols] the rows from `first` on. Refers to fn, does not own
+// it.
+template <class C>
+class Finish {
+ public:
+  Finish() = default;
+  template <class Fn>
+  explicit Finish(const Fn& fn)
+      : fn_(&fn), call_([](const void* fn, const C* c, int64_t first, int64_t count) {
+          (*static_cast<const Fn*>(fn))(c, first, count);
+        }) {}
+  MOE_INLINE void operator()(const C* c, int64_t first, int64_t count) const {
+    if (fn_) call_(fn_, c, first, count);
+  }
+
+ private:
+  const void* fn_ = nullptr;
+  void (*call_)(const void*, const C*, int64_t, int64_t) = nullptr;
+};
+
 template <class S>
 struct Gemm {
   using C = typename Storage<S>::Compute;
@@ -111,7 +200,7 @@ struct Gemm {
 
   static int64_t steps_of(int64_t terms) { return (terms + kTermsPerStep - 1) / kTermsPerStep; }
 
-  static MOE_INLINE OperandReg broadcast(Operand x) { return OperandReg{} + x; }
+  static MOE_INLINE OperandReg broadcast(Operand x) { return x - OperandReg{}; }
 
   static MOE_INLINE Reg multiply_add(OperandReg a, OperandReg b, Reg c) {
 #if defined(MOE_AVX512_BF16)
@@ -143,40 +232,54 @@ struct Gemm {
   static void pack_transposed(
       const S* data, int64_t n_stride, int64_t count, int64_t width, int64_t terms, Operand* out,
       int64_t pitch) {
-    const int64_t steps = steps_of(terms);
-    for (int64_t n = 0; n < width; n += kLanes) {
-      for (int64_t step = 0; step < steps; step += kLanes) {
-        const int64_t left = terms - step * kTermsPerStep;
-        OperandReg rows[kLanes];
+    constexpr int64_t kTerms = kLanes * kTermsPerStep;
+    for (int64_t n = 0; n < width; n += kLanes, data += kLanes * n_stride, out += kLanes) {
+      int64_t k = 0;
+      if (n + kLanes <= count) {
+        for (; k + kTerms <= terms; k += kTerms) {
+          OperandReg square[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          rows[i] = n + i < count
-                        ? load_terms(data + (n + i) * n_stride + step * kTermsPerStep, left)
-                        : OperandReg{};
+          for (int i = 0; i < kLanes; ++i) square[i] = load_terms(data + i * n_stride + k, kTerms);
+          transpose(square);
+          Operand* to = out + k / kTermsPerStep * pitch;
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i)
+            __builtin_memcpy(to + i * pitch, &square[i], sizeof(Reg));
         }
-        transpose_round<1>(rows);
-        Operand* to = out + step * pitch + n;
-        if (steps - step >= kLanes) {
-#pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) __builtin_memcpy(to + i * pitch, &rows[i], sizeof(Reg));
-        } else {
-          for (int i = 0; i < steps - step; ++i) {
-            __builtin_memcpy(to + i * pitch, &rows[i], sizeof(Reg));
-          }
+      }
+      for (; k < terms; k += kTerms) {
+        OperandReg square[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          square[i] = n + i < count ? load_terms(data + i * n_stride + k, terms - k) : OperandReg{};
+        }
+        transpose(square);
+        for (int i = 0; i < smaller(steps_of(terms - k), kLanes); ++i) {
+          __builtin_memcpy(out + (k / kTermsPerStep + i) * pitch, &square[i], sizeof(Reg));
         }
       }
     }
   }
 
-  // The same from rows of columns: term k is row k, or row k_index[k].
+  // The same from rows of columns: term k is row k, or row k_index[k]. The vectors of columns of a
+  // step lie group_pitch operands apart.
   static void pack_rows(
       const S* data, int64_t k_stride, const int32_t* k_index, int64_t count, int64_t width,
-      int64_t terms, Operand* out, int64_t pitch) {
+      int64_t terms, Operand* out, int64_t pitch, int64_t group_pitch) {
+    constexpr int64_t kFetch = 8;  // rows
     const auto row = [&](int64_t k) { return data + (k_index ? k_index[k] : k) * k_stride; };
     for (int64_t k = 0; k < terms; k += kTermsPerStep) {
       const S* first = row(k);
       const S* second = kPairs && k + 1 < terms ? row(k + 1) : nullptr;
-      for (int64_t n = 0; n < width; n += kLanes) {
+      if (k + kFetch + kTermsPerStep <= terms) {
+        for (int i = 0; i < kTermsPerStep; ++i) {
+          const char* line = reinterpret_cast<const char*>(row(k + kFetch + i));
+          for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(S)); byte += 64) {
+            __builtin_prefetch(line + byte);
+          }
+        }
+      }
+      Operand* to = out;
+      for (int64_t n = 0; n < width; n += kLanes, to += group_pitch) {
         OperandReg packed;
         if constexpr (kPairs) {
           packed = widen(load_half(first + n, count - n));
@@ -184,7 +287,7 @@ struct Gemm {
         } else {
           packed = load<V>(first + n, count - n).v;
         }
-        __builtin_memcpy(out + n, &packed, sizeof(packed));
+        __builtin_memcpy(to, &packed, sizeof(packed));
       }
       out += pitch;
     }
@@ -209,11 +312,11 @@ struct Gemm {
       } else if (b.k_index) {
         pack_rows(
             b.data[half] + n, b.k_stride, b.k_index + first_term, count, kPanelHalf, terms, to,
-            kPanelCols);
+            kPanelCols, kLanes);
       } else {
         pack_rows(
             b.data[half] + n + first_term * b.k_stride, b.k_stride, nullptr, count, kPanelHalf,
-            terms, to, kPanelCols);
+            terms, to, kPanelCols, kLanes);
       }
     }
   }
@@ -223,7 +326,7 @@ struct Gemm {
   template <int kRows>
   static void tile(
       int64_t steps, bool odd, const char* const* a, int64_t a_step, const Operand* panel, C* c,
-      bool accumulate) {
+      bool accumulate, Ahead& ahead) {
     Reg sum[kRows][kTileVecs];
     const auto place = [&](int m, int j) {
       return c + m * kPieceCols + j * kLanes + (j < kTileVecs / 2 ? 0 : kHalf - kPanelHalf);
@@ -239,21 +342,26 @@ struct Gemm {
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) row[m] = a[m];
     int64_t at = 0;
-    const Operand* const end = panel + (odd ? steps - 1 : steps) * kPanelCols;
-    for (; panel != end; panel += kPanelCols) {
-      OperandReg b[kTileVecs];
+    for (int64_t step = odd ? 1 : 0; step < steps;) {
+      auto [line, line_step] = ahead.next();
+      for (int64_t last = smaller(step + Ahead::kRun, steps); step < last; ++step) {
+        __builtin_prefetch(line, 0, 2);
+        line += line_step;
+        OperandReg b[kTileVecs];
 #pragma GCC unroll 4
-      for (int j = 0; j < kTileVecs; ++j) {
-        __builtin_prefetch(panel + 4 * kPanelCols + j * kLanes);
-        b[j] = read_as<OperandReg>(panel + j * kLanes);
-      }
+        for (int j = 0; j < kTileVecs; ++j) {
+          __builtin_prefetch(panel + 4 * kPanelCols + j * kLanes);
+          b[j] = read_as<OperandReg>(panel + j * kLanes);
+        }
 #pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        const OperandReg x = broadcast(read_as<Operand>(row[m] + at));
+        for (int m = 0; m < kRows; ++m) {
+          const OperandReg x = broadcast(read_as<Operand>(row[m] + at));
 #pragma GCC unroll 4
-        for (int j = 0; j < kTileVecs; ++j) sum[m][j] = multiply_add(x, b[j], sum[m][j]);
+          for (int j = 0; j < kTileVecs; ++j) sum[m][j] = multiply_add(x, b[j], sum[m][j]);
+        }
+        at += a_step;
+        panel += kPanelCols;
       }
-      at += a_step;
     }
     if (odd) {
 #pragma GCC unroll 8
@@ -274,16 +382,25 @@ struct Gemm {
     }
   }
 
-  // The tiles of `rows` rows.
+  // The tiles of rows [first, rows). a_bytes: the length of a row of a that is to be fetched ahead.
+  // c is the panel's place in c_rows [rows, kPieceCols], which `finish` gets.
   template <int kRows = kTileRows>
   static MOE_INLINE void tiles(
-      int64_t rows, int64_t steps, bool odd, const char* const* a, int64_t a_step,
-      const Operand* panel, C* c, bool accumulate) {
-    for (; rows >= kRows; rows -= kRows, a += kRows, c += kRows * kPieceCols) {
-      tile<kRows>(steps, odd, a, a_step, panel, c, accumulate);
+      int64_t first, int64_t rows, int64_t steps, bool odd, const char* const* a, int64_t a_step,
+      int64_t a_bytes, const Operand* panel, C* c_rows, int64_t panel_col, bool accumulate,
+      Ahead& ahead, const Finish<C>& finish) {
+    for (; first + kRows <= rows; first += kRows) {
+      C* c = c_rows + first * kPieceCols;
+      ahead.set_rows(a + first + kRows, smaller(rows - first - kRows, kTileRows), a_bytes);
+      tile<kRows>(steps, odd, a + first, a_step, panel, c + panel_col, accumulate, ahead);
+      finish(c, first, kRows);
     }
     if constexpr (kRows > 1) {
-      if (rows > 0) tiles<kRows - 1>(rows, steps, odd, a, a_step, panel, c, accumulate);
+      if (first < rows) {
+        tiles<kRows - 1>(
+            first, rows, steps, odd, a, a_step, a_bytes, panel, c_rows, panel_col, accumulate,
+            ahead, finish);
+      }
     }
   }
 
@@ -356,10 +473,11 @@ struct Gemm {
            (kDirect ? 0 : Scratch::bytes<Operand>(widened));
   }
 
-  // c [rows, kPieceCols] = rows of a times b, over `terms`; columns that b does not have are
-  // undefined. Returns c, which lies in the scratch.
-  static C* multiply(
-      const S* const* a, int64_t rows, int64_t terms, const Columns<S>& b, void* scratch_buffer) {
+  // c [rows, kPieceCols] = rows of a times b, over `terms`, goes to `finish`; columns that b does
+  // not have are undefined. `next` may name the b of the next product, to be fetched ahead.
+  static void multiply(
+      const S* const* a, int64_t rows, int64_t terms, const Columns<S>& b, const Columns<S>* next,
+      void* scratch_buffer, const Finish<C>& finish) {
     const bool dot =
         b.k_stride == 1 && (rows <= kMaxDotRows || (kDirect && b.size() <= kMaxDotCols));
     const int64_t block = dot ? terms : smaller(terms, kMaxTerms);
@@ -383,11 +501,29 @@ struct Gemm {
       }
       if (dot) {
         dots(row, rows, b, count, c);
-      } else {
-        multiply_block(row, rows, first, count, b, panel, c);
+        finish(c, 0, rows);
+        continue;
+      }
+      Ahead ahead(reinterpret_cast<const char*>(panel));
+      const bool last = first + count == terms;
+      if (!last) {
+        fetch_block(b, first + count, smaller(terms - first - count, block), rows, ahead);
+      } else if (next) {
+        fetch_block(*next, 0, block, rows, ahead);
+      }
+      for (int64_t p = 0; p < panels_of(b); ++p) {
+        pack_panel(b, p, first, count, panel);
+        tiles(
+            0, rows, steps_of(count), kPairs && count % 2, row, sizeof(Operand),
+            count * static_cast<int64_t>(sizeof(Operand)) / kTermsPerStep, panel, c, p * kPanelHalf,
+            first > 0, ahead, last && p + 1 == panels_of(b) ? finish : Finish<C>());
       }
     }
-    return c;
+  }
+
+  // Panels that hold any of b's columns.
+  static int64_t panels_of(const Columns<S>& b) {
+    return (larger(b.count[0], b.count[1]) + kPanelHalf - 1) / kPanelHalf;
   }
 
   static int64_t grad_scratch_bytes(int64_t terms) {
@@ -396,11 +532,13 @@ struct Gemm {
            Scratch::bytes<Operand>(steps * kGradRows);
   }
 
-  // c [2, M, kPieceCols] = left^T right over the rows [begin, end): M <= kGradRows columns of left
-  // from left_col, N <= kGradCols columns of right from right_col. Returns c, in the scratch.
-  static C* multiply_transposed(
+  // left^T right over the rows [begin, end): M <= kGradRows columns of left from left_col, N <=
+  // kGradCols columns of right from right_col. finish(n) makes what the columns from right_col + n
+  // on go to.
+  template <class MakeFinish>
+  static void multiply_transposed(
       const Rows& left, int64_t left_col, int64_t M, const Rows& right, int64_t right_col,
-      int64_t N, int64_t begin, int64_t end, void* scratch_buffer) {
+      int64_t N, int64_t begin, int64_t end, void* scratch_buffer, const MakeFinish& make_finish) {
     Scratch scratch(scratch_buffer);
     C* c = scratch.take<C>(kGradRows * kGradCols);
     const int64_t block = smaller(end - begin, kMaxGradTerms);
@@ -416,14 +554,11 @@ struct Gemm {
     for (int64_t first = begin; first < end; first += block) {
       const int64_t terms = smaller(end - first, block);
       const int64_t steps = steps_of(terms);
-      for (int64_t m = 0; m < M; m += kLanes) {
-        Operand* group = packed + m * steps;
-        pack_rows(
-            from(left, first, left_col + m), left.stride, index_from(left, first), M - m, kLanes,
-            terms, group, kLanes);
-        for (int64_t i = 0; i < smaller(M - m, kLanes); ++i) {
-          row[m + i] = reinterpret_cast<const char*>(group + i);
-        }
+      pack_rows(
+          from(left, first, left_col), left.stride, index_from(left, first), M,
+          (M + kLanes - 1) / kLanes * kLanes, terms, packed, kLanes, steps * kLanes);
+      for (int64_t m = 0; m < M; ++m) {
+        row[m] = reinterpret_cast<const char*>(packed + m / kLanes * steps * kLanes + m % kLanes);
       }
       for (int64_t n = 0; n < N; n += kPieceCols) {
         const S* data = from(right, first, right_col + n);
@@ -433,29 +568,40 @@ struct Gemm {
             1,
             right.stride,
             index_from(right, first)};
-        for (int64_t p = 0; p * kPanelHalf < kHalf; ++p) {
-          if (b.count[0] <= p * kPanelHalf) continue;
+        const auto store_rows = make_finish(n);
+        Ahead ahead(reinterpret_cast<const char*>(panel));
+        for (int64_t p = 0; p < panels_of(b); ++p) {
           pack_panel(b, p, 0, terms, panel);
+          const bool last = first + terms == end && p + 1 == panels_of(b);
           tiles(
-              M, steps, false, row, kLanes * sizeof(Operand), panel, c + n * M + p * kPanelHalf,
-              first > begin);
+              0, M, steps, false, row, kLanes * sizeof(Operand), 0, panel, c + n * M,
+              p * kPanelHalf, first > begin, ahead, last ? Finish<C>(store_rows) : Finish<C>());
         }
       }
     }
-    return c;
   }
 
  private:
-  static void multiply_block(
-      const char* const* row, int64_t rows, int64_t first, int64_t count, const Columns<S>& b,
-      Operand* panel, C* c) {
-    for (int64_t p = 0; p * kPanelHalf < kHalf; ++p) {
-      if (b.count[0] <= p * kPanelHalf && b.count[1] <= p * kPanelHalf) continue;
-      pack_panel(b, p, first, count, panel);
-      tiles(
-          rows, steps_of(count), kPairs && count % 2, row, sizeof(Operand), panel,
-          c + p * kPanelHalf, first > 0);
+  // Names the block of `terms` terms of b from `first` on.
+  static void fetch_block(
+      const Columns<S>& b, int64_t first, int64_t terms, int64_t rows, Ahead& ahead) {
+    constexpr int64_t kElement = sizeof(S);
+    Ahead::Runs runs[2];
+    for (int half = 0; half < 2; ++half) {
+      runs[half].at = reinterpret_cast<const char*>(b.data[half] + first * b.k_stride);
+      if (b.k_stride == 1) {
+        const int64_t lines = (terms * kElement + 63) / 64;
+        runs[half] = {runs[half].at, b.count[half], b.n_stride * kElement, lines, 64};
+      } else {
+        const int64_t lines = (b.count[half] * kElement + 63) / 64;
+        runs[half] = {runs[half].at, lines, 64, terms, b.k_stride * kElement};
+      }
     }
+    constexpr int64_t kPanels = kHalf / kPanelHalf;
+    const int64_t calls = (steps_of(terms) + Ahead::kRun - 1) / Ahead::kRun;
+    const int64_t row_calls = (terms * kElement + 64 * Ahead::kRun - 1) / (64 * Ahead::kRun);
+    ahead.set_block(
+        runs, kPanels * ((rows + kTileRows - 1) / kTileRows * calls - rows * row_calls));
   }
 };
 

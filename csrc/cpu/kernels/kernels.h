@@ -23,7 +23,7 @@ enum class Type { kF64, kF32, kBf16, kF16 };
 // Columns of a matrix product that one piece computes, and of weights' gradients per piece.
 constexpr int64_t kPieceCols = 64;
 constexpr int64_t kGradRows = 256;
-constexpr int64_t kGradCols = 128;
+constexpr int64_t kGradCols = 256;
 
 // Rows of a matrix, gathered: row r begins at data + (index ? index[r] : r) * stride elements and
 // is contiguous.
@@ -105,7 +105,8 @@ struct GradHiddenArgs {
 struct GradWeightsArgs {
   int64_t M, N;
   Rows left, right;
-  void* grad;  // [E, M, N]
+  void* grad;   // [E, M, N]
+  bool stream;  // write past the caches: grad is larger than they are
 };
 
 // sum[e, m] = sum over the rows r of expert e of weight(r) * rows[r, m].
@@ -116,17 +117,20 @@ struct ColumnSumArgs {
   void* sum;               // [E, M]
 };
 
-// The functions for one storage type. `col` counts blocks of kPieceCols output columns.
+// The functions for one storage type. `col` counts blocks of kPieceCols output columns; `next` says
+// that the caller will do the piece of the next col after this one: its weights are fetched ahead.
 struct TypeKernels {
   int64_t max_chunk_rows;  // of a RowChunk
   // Bytes of scratch that a piece needs, for chunks of at most `rows` rows and products over at
   // most `k` terms; combine also needs kPieceCols compute numbers for every token of its block.
   int64_t (*scratch_bytes)(int64_t rows, int64_t k);
   int64_t (*grad_scratch_bytes)(int64_t rows);
-  void (*up)(const UpArgs&, const RowChunk&, int64_t col, void* scratch);
+  void (*up)(const UpArgs&, const RowChunk&, int64_t col, bool next, void* scratch);
   void (*combine)(
-      const CombineArgs&, const RowChunk* chunks, const TokenBlock&, int64_t col, void* scratch);
-  void (*grad_hidden)(const GradHiddenArgs&, const RowChunk&, int64_t col, void* scratch);
+      const CombineArgs&, const RowChunk* chunks, const TokenBlock&, int64_t col, bool next,
+      void* scratch);
+  void (*grad_hidden)(
+      const GradHiddenArgs&, const RowChunk&, int64_t col, bool next, void* scratch);
   void (*grad_weights)(
       const GradWeightsArgs&, const RowChunk&, int64_t m_block, int64_t n_block, void* scratch);
   void (*column_sum)(const ColumnSumArgs&, const RowChunk&, int64_t col);

@@ -57,7 +57,9 @@ struct Vec {
 
   Vec() = default;
   MOE_INLINE Vec(Reg v) : v(v) {}
-  MOE_INLINE explicit Vec(double x) : v(Reg{} + static_cast<T>(x)) {}
+  MOE_INLINE explicit Vec(double x) : v(broadcast(static_cast<T>(x))) {}
+  // Subtracting zero changes no number, so it compiles to a bare broadcast (adding it would not).
+  static MOE_INLINE Reg broadcast(T x) { return x - Reg{}; }
   MOE_INLINE IntReg bits() const { return reinterpret_cast<IntReg>(v); }
   static MOE_INLINE Vec from_bits(IntReg bits) { return reinterpret_cast<Reg>(bits); }
 };
@@ -170,8 +172,8 @@ MOE_INLINE Vec<float> erfc(Vec<float> x) {
   return select(x < V(0.0), V(2.0) - tail, tail);
 }
 
-// Memory. load and store convert between the stored type and the compute type; stores round to
-// nearest even.
+// Memory. load and store convert between the stored type and the compute type, rounding to nearest
+// even; packed is the register that store writes.
 
 template <class T>
 MOE_INLINE T read_as(const void* p) {
@@ -184,12 +186,11 @@ template <class V>
 MOE_INLINE V load(const typename V::Scalar* p) {
   return V(read_as<typename V::Reg>(p));
 }
-template <class T>
-MOE_INLINE void store(T* p, Vec<T> x) {
-  __builtin_memcpy(p, &x.v, sizeof(x.v));
+template <class S, class T>
+MOE_INLINE typename Vec<T>::Reg packed(Vec<T> x, S*) {
+  return x.v;
 }
 
-constexpr int kFloats = Vec<float>::kLanes;
 typedef uint16_t HalfReg __attribute__((vector_size(MOE_VECTOR_BYTES / 2)));
 typedef uint32_t UintReg __attribute__((vector_size(MOE_VECTOR_BYTES)));
 
@@ -200,15 +201,13 @@ template <class V>
 MOE_INLINE V load(const bf16* p) {
   return V(reinterpret_cast<typename V::Reg>(widen(read_as<HalfReg>(p)) << 16));
 }
-MOE_INLINE void store(bf16* p, Vec<float> x) {
+MOE_INLINE HalfReg packed(Vec<float> x, bf16*) {
 #if defined(MOE_AVX512_BF16)
-  const __m256bh rounded = _mm512_cvtneps_pbh(x.v);
-  __builtin_memcpy(p, &rounded, sizeof(rounded));
+  return reinterpret_cast<HalfReg>(_mm512_cvtneps_pbh(x.v));
 #else
   const UintReg bits = reinterpret_cast<UintReg>(x.v);
   const UintReg rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const HalfReg half = narrow(x.v == x.v ? rounded : (bits >> 16) | 0x40);
-  __builtin_memcpy(p, &half, sizeof(half));
+  return narrow(x.v == x.v ? rounded : (bits >> 16) | 0x40);
 #endif
 }
 
@@ -229,11 +228,13 @@ MOE_INLINE V load(const f16* p) {
   return V(reinterpret_cast<typename V::Reg>(value | ((half & 0x8000) << 16)));
 #endif
 }
-MOE_INLINE void store(f16* p, Vec<float> x) {
+MOE_INLINE HalfReg packed(Vec<float> x, f16*) {
 #if defined(MOE_AVX512)
-  const __m256i half = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  constexpr int kRounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return reinterpret_cast<HalfReg>(_mm512_cvtps_ph(x.v, kRounding));
 #elif defined(MOE_AVX2)
-  const __m128i half = _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  constexpr int kRounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return reinterpret_cast<HalfReg>(_mm256_cvtps_ph(x.v, kRounding));
 #else
   const UintReg bits = reinterpret_cast<UintReg>(x.v);
   const UintReg magnitude = bits & 0x7fffffff;
@@ -245,9 +246,30 @@ MOE_INLINE void store(f16* p, Vec<float> x) {
   UintReg result = magnitude < (113u << 23) ? subnormal : normal;
   result = magnitude >= (143u << 23) ? UintReg{} + 0x7c00 : result;
   result = magnitude > 0x7f800000u ? UintReg{} + 0x7e00 : result;
-  const HalfReg half = narrow(result | ((bits >> 16) & 0x8000));
+  return narrow(result | ((bits >> 16) & 0x8000));
 #endif
-  __builtin_memcpy(p, &half, sizeof(half));
+}
+
+template <class S, class T>
+MOE_INLINE void store(S* p, Vec<T> x) {
+  const auto reg = packed(x, p);
+  __builtin_memcpy(p, &reg, sizeof(reg));
+}
+
+// Past the caches where the machine can: for whole lines that nobody reads soon. p is aligned to
+// what is written.
+template <class S, class T>
+MOE_INLINE void stream(S* p, Vec<T> x) {
+#if defined(MOE_AVX512)
+  const auto reg = packed(x, p);
+  if constexpr (sizeof(reg) == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(reg));
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(reg));
+  }
+#else
+  store(p, x);
+#endif
 }
 
 // The first n of a vector's lanes; the others read as zeros.
@@ -266,24 +288,63 @@ MOE_INLINE void store(S* p, Vec<T> x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
 }
 
-// Transposes a square of kLanes vectors in place: log2(kLanes) rounds of exchanging blocks.
-template <int Step, class Reg, int... Lane>
-MOE_INLINE void exchange(Reg& a, Reg& b, std::integer_sequence<int, Lane...>) {
+// Transposes a square of kLanes vectors in place: rounds that exchange blocks of Step lanes.
+// Lane i of the result of one exchange: every other block of Step lanes comes from b, and `high`
+// says whether from the blocks of a and b that are even or odd.
+template <int Step, bool kHigh, class Reg, int... Lane>
+MOE_INLINE Reg exchange(Reg a, Reg b, std::integer_sequence<int, Lane...>) {
   constexpr int kLanes = sizeof...(Lane);
-  const Reg low = __builtin_shufflevector(a, b, (Lane & Step ? kLanes + Lane - Step : Lane)...);
-  b = __builtin_shufflevector(a, b, (Lane & Step ? kLanes + Lane : Lane + Step)...);
-  a = low;
+  constexpr int kShift = kHigh ? Step : 0;
+  return __builtin_shufflevector(a, b, ((Lane & Step ? kLanes + Lane - Step : Lane) + kShift)...);
 }
 template <int Step, class Reg, int kLanes>
 MOE_INLINE void transpose_round(Reg (&rows)[kLanes]) {
+  constexpr auto kLane = std::make_integer_sequence<int, kLanes>();
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
-    if (!(i & Step)) {
-      exchange<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, kLanes>());
-    }
+    if (i & Step) continue;
+    const Reg low = exchange<Step, false>(rows[i], rows[i + Step], kLane);
+    rows[i + Step] = exchange<Step, true>(rows[i], rows[i + Step], kLane);
+    rows[i] = low;
   }
   if constexpr (Step * 2 < kLanes) transpose_round<Step * 2>(rows);
 }
+template <class Reg, int kLanes>
+MOE_INLINE void transpose(Reg (&rows)[kLanes]) {
+  transpose_round<1>(rows);
+}
+
+#if defined(MOE_AVX512)
+// 16 x 16: squares of 4 x 4 within the 128-bit lanes, then the lanes. Every shuffle here is one
+// instruction; the general form above needs index registers.
+template <class Reg>
+MOE_INLINE void transpose(Reg (&rows)[16]) {
+  __m512i r[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const auto row = [&](int j) { return reinterpret_cast<__m512i>(rows[i + j]); };
+    const __m512i a = _mm512_unpacklo_epi32(row(0), row(1));
+    const __m512i b = _mm512_unpackhi_epi32(row(0), row(1));
+    const __m512i c = _mm512_unpacklo_epi32(row(2), row(3));
+    const __m512i d = _mm512_unpackhi_epi32(row(2), row(3));
+    r[i] = _mm512_unpacklo_epi64(a, c);
+    r[i + 1] = _mm512_unpackhi_epi64(a, c);
+    r[i + 2] = _mm512_unpacklo_epi64(b, d);
+    r[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+    const __m512i b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    rows[j] = reinterpret_cast<Reg>(_mm512_shuffle_i32x4(a, c, 0x88));
+    rows[4 + j] = reinterpret_cast<Reg>(_mm512_shuffle_i32x4(b, d, 0x88));
+    rows[8 + j] = reinterpret_cast<Reg>(_mm512_shuffle_i32x4(a, c, 0xdd));
+    rows[12 + j] = reinterpret_cast<Reg>(_mm512_shuffle_i32x4(b, d, 0xdd));
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace moe_ext::kernels
