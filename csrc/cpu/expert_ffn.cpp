@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "cpu/grouped_gemm.h"
+#include "cpu/huge_pages.h"
 #include "cpu/operands.h"
 #include "cpu/plan.h"
 
@@ -304,6 +305,8 @@ ExpertFfnGrads expert_ffn_backward_op(
   ExpertFfnGrads outputs = empty_expert_ffn_grads(tokens, weights, experts, output_mask);
   auto& [grad_tokens, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias] =
       outputs;
+  advise_huge_pages(grad_gate_up);
+  advise_huge_pages(grad_down);
   RowGrads grads{grad_tokens, {}, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias};
   if (grad_weights.defined()) {
     grads.row_weights = at::empty({rows.size()}, tokens.options().dtype(compute));

@@ -12,8 +12,6 @@ namespace {
 // Waking and joining threads costs a few microseconds.
 constexpr double kNanosecondsPerThread = 10000;
 
-constexpr int64_t kRunsPerThread = 16;
-
 int64_t count_pieces(const Phase& phase) {
   int64_t pieces = 0;
   for (const Job& job : phase) pieces += job.pieces;
@@ -64,10 +62,14 @@ void run_phases(const std::vector<Phase>& phases, int64_t scratch_bytes, double 
     // The team may be smaller than asked for, never larger.
     void* own = scratch + arrived.fetch_add(1) * stride;
     for (size_t p = 0; p < phases.size(); ++p) {
-      // A thread takes neighbours, few enough that the last of them is not waited for long.
-      const int64_t run = std::max<int64_t>(pieces[p] / (threads * kRunsPerThread), 1);
-      for (int64_t i = next[p].fetch_add(run); i < pieces[p]; i = next[p].fetch_add(run)) {
-        run_pieces(phases[p], i, std::min(i + run, pieces[p]), own);
+      for (int64_t i = 0; i < pieces[p];) {
+        // Neighbours at once, ever fewer, so that at the end nobody waits long for anybody.
+        i = next[p].load();
+        int64_t end;
+        do {
+          end = i + std::max<int64_t>((pieces[p] - i) / (4 * threads), 1);
+        } while (i < pieces[p] && !next[p].compare_exchange_weak(i, end));
+        if (i < pieces[p]) run_pieces(phases[p], i, end, own);
       }
 #pragma omp barrier
     }

@@ -404,63 +404,77 @@ struct Gemm {
     }
   }
 
-  // Dot products of kRows rows of a (operands) and kCols of b.
-  template <int kRows, int kCols>
+  // Dot products of kRows rows of a (operands) and kCols of b, kParts partial sums for each.
+  template <int kRows, int kCols, int kParts>
   static MOE_INLINE void dot_tile(
       const char* const* a, const S* b, int64_t n_stride, int64_t terms, C* c) {
-    Reg sum[kRows][kCols] = {};
+    Reg sum[kParts][kRows][kCols] = {};
     constexpr int64_t kTerms = kLanes * kTermsPerStep;
     constexpr int64_t kBytes = kLanes * sizeof(Operand);
     int64_t k = 0, at = 0;
-    for (; k + kTerms <= terms; k += kTerms, at += kBytes) {
-      OperandReg x[kRows];
+    for (; k + kParts * kTerms <= terms; k += kParts * kTerms, at += kParts * kBytes) {
 #pragma GCC unroll 4
-      for (int m = 0; m < kRows; ++m) x[m] = read_as<OperandReg>(a[m] + at);
+      for (int p = 0; p < kParts; ++p) {
+        OperandReg x[kRows];
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows; ++m) x[m] = read_as<OperandReg>(a[m] + at + p * kBytes);
 #pragma GCC unroll 8
-      for (int n = 0; n < kCols; ++n) {
-        const OperandReg w = load_terms(b + n * n_stride + k, kTerms);
+        for (int n = 0; n < kCols; ++n) {
+          const OperandReg w = load_terms(b + n * n_stride + k + p * kTerms, kTerms);
 #pragma GCC unroll 4
-        for (int m = 0; m < kRows; ++m) sum[m][n] = multiply_add(x[m], w, sum[m][n]);
+          for (int m = 0; m < kRows; ++m) sum[p][m][n] = multiply_add(x[m], w, sum[p][m][n]);
+        }
       }
     }
-    if (k < terms) {
+    for (; k < terms; k += kTerms, at += kBytes) {
+      const int64_t left = smaller(terms - k, kTerms);
       for (int m = 0; m < kRows; ++m) {
         Operand rest[kLanes] = {};
-        __builtin_memcpy(rest, a[m] + at, (terms - k) * (sizeof(Operand) / kTermsPerStep));
+        __builtin_memcpy(rest, a[m] + at, left * (sizeof(Operand) / kTermsPerStep));
         const OperandReg x = read_as<OperandReg>(rest);
         for (int n = 0; n < kCols; ++n) {
-          sum[m][n] = multiply_add(x, load_terms(b + n * n_stride + k, terms - k), sum[m][n]);
+          sum[0][m][n] = multiply_add(x, load_terms(b + n * n_stride + k, left), sum[0][m][n]);
         }
       }
     }
 #pragma GCC unroll 4
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-      for (int n = 0; n < kCols; ++n) c[m * kPieceCols + n] = kernels::sum(V(sum[m][n]));
+      for (int n = 0; n < kCols; ++n) {
+#pragma GCC unroll 4
+        for (int p = 1; p < kParts; ++p) sum[0][m][n] += sum[p][m][n];
+        c[m * kPieceCols + n] = kernels::sum(V(sum[0][m][n]));
+      }
     }
   }
-  template <int kCols>
+  template <int kCols, int kParts>
   static MOE_INLINE void dot_rows(
       const char* const* a, int64_t rows, const S* b, int64_t n_stride, int64_t terms, C* c) {
     int64_t m = 0;
     for (; m + 4 <= rows; m += 4) {
-      dot_tile<4, kCols>(a + m, b, n_stride, terms, c + m * kPieceCols);
+      dot_tile<4, kCols, 1>(a + m, b, n_stride, terms, c + m * kPieceCols);
     }
     for (; m + 2 <= rows; m += 2) {
-      dot_tile<2, kCols>(a + m, b, n_stride, terms, c + m * kPieceCols);
+      dot_tile<2, kCols, kParts>(a + m, b, n_stride, terms, c + m * kPieceCols);
     }
-    if (m < rows) dot_tile<1, kCols>(a + m, b, n_stride, terms, c + m * kPieceCols);
+    if (m < rows) dot_tile<1, kCols, kParts>(a + m, b, n_stride, terms, c + m * kPieceCols);
   }
-  static void dots(const char* const* a, int64_t rows, const Columns<S>& b, int64_t terms, C* c) {
+  // One row of b after the other reads memory in one stream, which is fastest where reading is what
+  // takes the time; four at once need fewer loads of a.
+  static void dots(
+      const char* const* a, int64_t rows, const Columns<S>& b, int64_t terms, C* c) {
+    constexpr int64_t kStreamRows = 4;
     for (int half = 0; half < 2; ++half) {
       C* to = c + half * kHalf;
       int64_t n = 0;
       const S* data = b.data[half];
-      for (; n + 4 <= b.count[half]; n += 4) {
-        dot_rows<4>(a, rows, data + n * b.n_stride, b.n_stride, terms, to + n);
+      if (rows > kStreamRows) {
+        for (; n + 4 <= b.count[half]; n += 4) {
+          dot_rows<4, 1>(a, rows, data + n * b.n_stride, b.n_stride, terms, to + n);
+        }
       }
       for (; n < b.count[half]; ++n) {
-        dot_rows<1>(a, rows, data + n * b.n_stride, b.n_stride, terms, to + n);
+        dot_rows<1, 4>(a, rows, data + n * b.n_stride, b.n_stride, terms, to + n);
       }
     }
   }
