@@ -118,14 +118,16 @@ void expert_ffn_forward(
       bias_of(experts.down_bias),
       rows.token_data(),
       any_data_or_null(rows.weight),
-      out.mutable_data_ptr()};
+      out.mutable_data_ptr(),
+      1};
 
   const auto chunks = row_chunks(rows.offsets, kernels.max_chunk_rows);
   const TokenBlocks blocks(
-      rows.offsets, rows.token_data(), tokens.size(0), experts.H, kernels.max_chunk_rows);
+      rows.offsets, rows.token_data(), tokens.size(0), part_pieces(experts.H, down.parts),
+      kernels.max_chunk_rows);
   const int64_t scratch = std::max(
-      kernels.scratch_bytes(largest_chunk(chunks), experts.H),
-      combine_scratch(kernels, blocks, experts.I, tokens.scalar_type() == at::kDouble));
+      kernels.scratch_bytes(largest_chunk(chunks), experts.H, 1),
+      combine_scratch(kernels, blocks, down, tokens.scalar_type() == at::kDouble));
   const int64_t weights = (experts.width + experts.I) * experts.H;
   run_phases(
       {{up_job(kernels, up, chunks)}, {combine_job(kernels, down, blocks)}}, scratch,
@@ -146,7 +148,8 @@ void expert_ffn_backward(
   const int64_t N = rows.size();
   const auto chunks = row_chunks(rows.offsets, kernels.max_chunk_rows);
   const auto whole_experts = expert_chunks(rows.offsets);
-  int64_t scratch = kernels.scratch_bytes(largest_chunk(chunks), experts.H);
+  const int64_t rows_per_expert = N / std::max<int64_t>(count_active(rows.offsets), 1);
+  int64_t scratch = kernels.scratch_bytes(largest_chunk(chunks), experts.H, kernels::kMaxParts);
 
   const bool wants_grad_hidden =
       grads.tokens.defined() || grads.gate_up_proj.defined() || grads.gate_up_bias.defined();
@@ -179,25 +182,31 @@ void expert_ffn_backward(
       any_data_or_null(rows.weight),
       mutable_data_or_null(grad_hidden),
       mutable_data_or_null(weighted),
-      mutable_data_or_null(parts)};
+      mutable_data_or_null(parts),
+      count_parts(
+          transposed(weights_of(experts.down_proj)), experts.I, tokens.element_size(),
+          rows_per_expert)};
   if (wants_hidden) phases.push_back({grad_hidden_job(kernels, back, chunks)});
 
   // All that follows depends on the phases above only.
   Phase last;
-  const TokenBlocks blocks(
-      rows.offsets, rows.token_data(), tokens.size(0), experts.H, kernels.max_chunk_rows);
+  const kernels::Weights back_to_tokens = transposed(weights_of(experts.gate_up_proj));
   const kernels::CombineArgs to_tokens{
       experts.width,
       experts.H,
       wants_grad_hidden ? rows_of(grad_hidden) : kernels::Rows{},
-      transposed(weights_of(experts.gate_up_proj)),
+      back_to_tokens,
       {nullptr, 0},
       rows.token_data(),
       nullptr,
-      mutable_data_or_null(grads.tokens)};
+      mutable_data_or_null(grads.tokens),
+      count_parts(back_to_tokens, experts.H, tokens.element_size(), rows_per_expert)};
+  const TokenBlocks blocks(
+      rows.offsets, rows.token_data(), tokens.size(0), part_pieces(experts.H, to_tokens.parts),
+      kernels.max_chunk_rows);
   if (grads.tokens.defined()) {
     last.push_back(combine_job(kernels, to_tokens, blocks));
-    scratch = std::max(scratch, combine_scratch(kernels, blocks, experts.width, wide));
+    scratch = std::max(scratch, combine_scratch(kernels, blocks, to_tokens, wide));
   }
   const int64_t weights = (experts.width + experts.I) * experts.H;
   const bool stream = streams(experts.E * weights * tokens.element_size());

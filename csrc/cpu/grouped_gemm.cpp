@@ -40,9 +40,9 @@ namespace {
 // An expert's weights are packed once per block of tokens, so an expert should have some hundred
 // rows in each; but there should be pieces for many threads, and the sums of a block should stay
 // in the cache.
-int64_t count_blocks(int64_t T, int64_t N, int64_t rows_per_expert) {
+int64_t count_blocks(int64_t T, int64_t pieces, int64_t rows_per_expert) {
   constexpr int64_t kGoodRows = 256, kLeastRows = 64, kPieces = 16, kMostTokens = 8192;
-  const int64_t wanted = std::max(rows_per_expert / kGoodRows, ceil_div(kPieces, piece_cols(N)));
+  const int64_t wanted = std::max(rows_per_expert / kGoodRows, ceil_div(kPieces, pieces));
   const int64_t most = std::max<int64_t>(rows_per_expert / kLeastRows, 1);
   return std::max({std::min(wanted, most), ceil_div(T, kMostTokens), int64_t{1}});
 }
@@ -50,7 +50,7 @@ int64_t count_blocks(int64_t T, int64_t N, int64_t rows_per_expert) {
 }  // namespace
 
 TokenBlocks::TokenBlocks(
-    const std::vector<int64_t>& offsets, const int32_t* token, int64_t T, int64_t N,
+    const std::vector<int64_t>& offsets, const int32_t* token, int64_t T, int64_t pieces,
     int64_t max_rows) {
   std::vector<RowChunk> left;  // rows that are in no block yet
   for (const RowChunk& expert : expert_chunks(offsets)) {
@@ -59,7 +59,7 @@ TokenBlocks::TokenBlocks(
   // Without an index a block holds few experts with all their rows, and splits two of them at most.
   const int64_t groups = token ? std::max<int64_t>(left.size(), 1) : 1;
   const int64_t size =
-      std::max<int64_t>(ceil_div(T, count_blocks(T, N, offsets.back() / groups)), 1);
+      std::max<int64_t>(ceil_div(T, count_blocks(T, pieces, offsets.back() / groups)), 1);
   for (int64_t begin = 0; begin < T; begin += size) {
     const int64_t end = std::min(begin + size, T);
     const int64_t first_chunk = chunks.size();
@@ -90,12 +90,23 @@ Job col_job(int64_t count, int64_t cols, const Fn& fn) {
 
 }  // namespace
 
+int64_t count_parts(
+    const kernels::Weights& weights, int64_t N, int64_t element_size, int64_t rows) {
+  // With many rows the weights are read seldom, and the sums of the pieces need the cache.
+  constexpr int64_t kFar = 1024, kFewRows = 192;
+  const bool far_rows = weights.k_stride != 1 && weights.k_stride * element_size >= kFar;
+  const bool wide = N >= kernels::kMaxParts * kernels::kPieceCols;
+  return far_rows && wide && rows < kFewRows ? kernels::kMaxParts : 1;
+}
+
 int64_t combine_scratch(
-    const TypeKernels& kernels, const TokenBlocks& blocks, int64_t K, bool wide) {
+    const TypeKernels& kernels, const TokenBlocks& blocks, const kernels::CombineArgs& args,
+    bool wide) {
   int64_t tokens = 0;
   for (const TokenBlock& block : blocks.blocks) tokens = std::max(tokens, block.end - block.begin);
-  const int64_t sums = tokens * kernels::kPieceCols * static_cast<int64_t>(wide ? 8 : 4);
-  return sums + kernels.scratch_bytes(largest_chunk(blocks.chunks), K);
+  const int64_t numbers = (tokens + 1) * args.parts * kernels::kPieceCols;
+  return numbers * static_cast<int64_t>(wide ? 8 : 4) +
+         kernels.scratch_bytes(largest_chunk(blocks.chunks), args.K, args.parts);
 }
 
 Job up_job(
@@ -110,7 +121,7 @@ Job up_job(
 Job combine_job(
     const TypeKernels& kernels, const kernels::CombineArgs& args, const TokenBlocks& blocks) {
   return col_job(
-      blocks.blocks.size(), piece_cols(args.N),
+      blocks.blocks.size(), part_pieces(args.N, args.parts),
       [&](int64_t i, int64_t col, bool next, void* scratch) {
         kernels.combine(args, blocks.chunks.data(), blocks.blocks[i], col, next, scratch);
       });
@@ -120,7 +131,8 @@ Job grad_hidden_job(
     const TypeKernels& kernels, const kernels::GradHiddenArgs& args,
     const std::vector<RowChunk>& chunks) {
   return col_job(
-      chunks.size(), piece_cols(args.I), [&](int64_t i, int64_t col, bool next, void* scratch) {
+      chunks.size(), part_pieces(args.I, args.parts),
+      [&](int64_t i, int64_t col, bool next, void* scratch) {
         kernels.grad_hidden(args, chunks[i], col, next, scratch);
       });
 }

@@ -28,19 +28,29 @@ struct TokenBlocks {
   std::vector<kernels::TokenBlock> blocks;
   std::vector<kernels::RowChunk> chunks;
 
-  // T tokens; token [N] of each row, ascending within an expert, or null: row r is token r; N the
-  // width of the result.
+  // T tokens; token [N] of each row, ascending within an expert, or null: row r is token r;
+  // `pieces` that a block is cut into along the result's columns.
   TokenBlocks(
-      const std::vector<int64_t>& offsets, const int32_t* token, int64_t T, int64_t N,
+      const std::vector<int64_t>& offsets, const int32_t* token, int64_t T, int64_t pieces,
       int64_t max_rows);
 };
+
+// How many pieces side by side are one (kernels.h), for products with `weights` of N columns and
+// chunks of about `rows` rows.
+int64_t count_parts(const kernels::Weights& weights, int64_t N, int64_t element_size, int64_t rows);
+
+// The pieces that N columns are cut into.
+inline int64_t part_pieces(int64_t N, int64_t parts) {
+  return ceil_div(N, parts * kernels::kPieceCols);
+}
 
 // Whether weights' gradients of so many bytes are written past the caches.
 inline bool streams(int64_t bytes) { return bytes > 16 << 20; }
 
 // Bytes of scratch for a combine piece.
 int64_t combine_scratch(
-    const kernels::TypeKernels& kernels, const TokenBlocks& blocks, int64_t K, bool wide);
+    const kernels::TypeKernels& kernels, const TokenBlocks& blocks,
+    const kernels::CombineArgs& args, bool wide);
 
 Job up_job(
     const kernels::TypeKernels& kernels, const kernels::UpArgs& args,

@@ -14,12 +14,14 @@ namespace {
 at::Tensor product(const at::Tensor& rows, const kernels::Weights& weights, int64_t N) {
   const at::Tensor out = at::empty({rows.size(0), N}, rows.options());
   const auto& kernels = kernels_for(rows.scalar_type());
-  const kernels::CombineArgs args{rows.size(1), N,       rows_of(rows), weights,
-                                  {nullptr, 0}, nullptr, nullptr,       out.mutable_data_ptr()};
-  const TokenBlocks blocks({0, rows.size(0)}, nullptr, rows.size(0), N, kernels.max_chunk_rows);
+  const kernels::CombineArgs args{
+      rows.size(1), N,       rows_of(rows),          weights, {nullptr, 0},
+      nullptr,      nullptr, out.mutable_data_ptr(), 1};
+  const TokenBlocks blocks(
+      {0, rows.size(0)}, nullptr, rows.size(0), part_pieces(N, args.parts), kernels.max_chunk_rows);
   run_phases(
       {{combine_job(kernels, args, blocks)}},
-      combine_scratch(kernels, blocks, rows.size(1), rows.scalar_type() == at::kDouble),
+      combine_scratch(kernels, blocks, args, rows.scalar_type() == at::kDouble),
       estimate_nanoseconds(rows.numel() * N, 0));
   return out;
 }

@@ -35,7 +35,7 @@ struct Experts {
         nullptr};
   }
 
-  // bias[0, count) as kHalf or kPieceCols compute numbers; zeros where there is none.
+  // bias[0, count) as `width` compute numbers; zeros where there is none.
   static void read_bias(const S* bias, int64_t count, int64_t width, C* out) {
     for (int64_t i = 0; i < width; i += kLanes) {
       store(out + i, bias ? load<V>(bias + i, count - i) : V(0.0));
@@ -77,11 +77,11 @@ struct Experts {
     const S* up_bias = of_expert(args.up_bias, chunk.expert);
     read_bias(gate_bias ? gate_bias + n : nullptr, count, args.gated ? kHalf : kPieceCols, bias);
     if (args.gated) read_bias(up_bias ? up_bias + n : nullptr, count, kHalf, bias + kHalf);
-    const auto finish = [&](const C* c, int64_t first, int64_t tile_rows) {
+    const auto finish = [&](const C* c, int64_t first, int64_t tile_rows, int64_t) {
       finish_up(args, chunk.begin + first, tile_rows, n, count, bias, c);
     };
     const Columns<S> after = next ? up_columns(args, chunk.expert, col + 1) : b;
-    G::multiply(row, rows, args.H, b, next ? &after : nullptr, scratch, Finish<C>(finish));
+    G::multiply(row, rows, args.H, &b, 1, next ? &after : nullptr, scratch, Finish<C>(finish));
   }
 
   // Bias, the pre-activation and the activation of some rows of a piece: columns [n, n + count),
@@ -122,41 +122,48 @@ struct Experts {
   static void combine(
       const CombineArgs& args, const RowChunk* chunks, const TokenBlock& block, int64_t col,
       bool next, void* scratch_buffer) {
-    const int64_t n = col * kPieceCols;
-    const int64_t count = smaller(args.N - n, kPieceCols);
+    const int64_t pitch = args.parts * kPieceCols;
+    const int64_t n = col * pitch;
+    const int64_t count = smaller(args.N - n, pitch);
+    const int64_t parts = (count + kPieceCols - 1) / kPieceCols;
+    const int64_t tokens = block.end - block.begin;
     Scratch scratch(scratch_buffer);
-    C* sums = scratch.take<C>((block.end - block.begin) * kPieceCols);
-    __builtin_memset(sums, 0, (block.end - block.begin) * kPieceCols * sizeof(C));
+    C* sums = scratch.take<C>(tokens * pitch);
+    C* bias = scratch.take<C>(pitch);
     void* rest = scratch.take<C>(0);
+    __builtin_memset(sums, 0, tokens * pitch * sizeof(C));
     const C* row_weight = static_cast<const C*>(args.row_weight);
     const S* row[kMaxRows];
-    alignas(64) C bias[kPieceCols];
     for (int64_t i = block.first_chunk; i < block.last_chunk; ++i) {
       const RowChunk& chunk = chunks[i];
       const int64_t rows = chunk.end - chunk.begin;
       for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.rows, chunk.begin + r);
       const S* expert_bias = of_expert(args.bias, chunk.expert);
-      read_bias(expert_bias ? expert_bias + n : nullptr, count, kPieceCols, bias);
-      const auto finish = [&](const C* c, int64_t first, int64_t tile_rows) {
+      read_bias(expert_bias ? expert_bias + n : nullptr, count, pitch, bias);
+      Columns<S> b[kMaxParts];
+      for (int64_t part = 0; part < parts; ++part) {
+        b[part] = neighbours(args.weights, chunk.expert, n + part * kPieceCols, args.N);
+      }
+      const auto finish = [&](const C* c, int64_t first, int64_t tile_rows, int64_t part) {
         for (int64_t r = chunk.begin + first; tile_rows > 0; --tile_rows, ++r, c += kPieceCols) {
-          C* to = sums + ((args.token ? args.token[r] : r) - block.begin) * kPieceCols;
+          const int64_t token = (args.token ? args.token[r] : r) - block.begin;
+          C* to = sums + token * pitch + part * kPieceCols;
+          const C* add = bias + part * kPieceCols;
           const V weight(row_weight ? row_weight[r] : C(1));
-          for (int64_t j = 0; j < count; j += kLanes) {
-            store(
-                to + j, multiply_add(weight, load<V>(c + j) + load<V>(bias + j), load<V>(to + j)));
+          for (int64_t j = 0; j < smaller(count - part * kPieceCols, kPieceCols); j += kLanes) {
+            store(to + j, multiply_add(weight, load<V>(c + j) + load<V>(add + j), load<V>(to + j)));
           }
         }
       };
       const bool more = i + 1 < block.last_chunk;
       const Columns<S> after = neighbours(
           args.weights, chunks[more ? i + 1 : block.first_chunk].expert,
-          more || !next ? n : n + kPieceCols, args.N);
+          more || !next ? n : n + pitch, args.N);
       G::multiply(
-          row, rows, args.K, neighbours(args.weights, chunk.expert, n, args.N),
-          more || next ? &after : nullptr, rest, Finish<C>(finish));
+          row, rows, args.K, b, parts, more || next ? &after : nullptr, rest, Finish<C>(finish));
     }
     S* out = static_cast<S*>(args.out) + block.begin * args.N + n;
-    for (int64_t t = block.begin; t < block.end; ++t, out += args.N, sums += kPieceCols) {
+    for (int64_t t = block.begin; t < block.end; ++t, out += args.N, sums += pitch) {
       fetch_run<true>(out + kRowsAhead * args.N, count);
       for (int64_t j = 0; j < count; j += kLanes) store(out + j, load<V>(sums + j), count - j);
     }
@@ -164,17 +171,22 @@ struct Experts {
 
   static void grad_hidden(
       const GradHiddenArgs& args, const RowChunk& chunk, int64_t col, bool next, void* scratch) {
-    const int64_t n = col * kPieceCols;
+    const int64_t pitch = args.parts * kPieceCols;
+    const int64_t n = col * pitch;
+    const int64_t pieces = (smaller(args.I - n, pitch) + kPieceCols - 1) / kPieceCols;
     const int64_t rows = chunk.end - chunk.begin;
     const S* row[kMaxRows];
     for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.grad_out, chunk.begin + r);
-    const auto finish = [&](const C* c, int64_t first, int64_t tile_rows) {
-      finish_grad_hidden(args, chunk.begin + first, tile_rows, col, c);
+    Columns<S> b[kMaxParts];
+    for (int64_t part = 0; part < pieces; ++part) {
+      b[part] = neighbours(args.down, chunk.expert, n + part * kPieceCols, args.I);
+    }
+    const auto finish = [&](const C* c, int64_t first, int64_t tile_rows, int64_t part) {
+      finish_grad_hidden(args, chunk.begin + first, tile_rows, col * args.parts + part, c);
     };
-    const Columns<S> after = neighbours(args.down, chunk.expert, next ? n + kPieceCols : n, args.I);
-    G::multiply(
-        row, rows, args.H, neighbours(args.down, chunk.expert, n, args.I), next ? &after : nullptr,
-        scratch, Finish<C>(finish));
+    const Columns<S> after =
+        next ? neighbours(args.down, chunk.expert, n + pitch, args.I) : Columns<S>();
+    G::multiply(row, rows, args.H, b, pieces, next ? &after : nullptr, scratch, Finish<C>(finish));
 
     const S* bias = of_expert(args.down_bias, chunk.expert);
     if (!args.grad_weight_parts || !bias || col > 0) return;
@@ -241,7 +253,7 @@ struct Experts {
     }
     G::multiply_transposed(
         args.left, m, M, args.right, n, N, chunk.begin, chunk.end, scratch, [&](int64_t col) {
-          return [=](const C* c, int64_t first, int64_t rows) {
+          return [=](const C* c, int64_t first, int64_t rows, int64_t) {
             S* out = grad + first * args.N + col;
             const int64_t count = smaller(N - col, kPieceCols);
             for (int64_t r = 0; r < rows; ++r, out += args.N, c += kPieceCols) {

@@ -57,6 +57,7 @@ constexpr int kTileVecs = 2;
 #endif
 
 constexpr int64_t kMaxTerms = 512;      // of a packed block
+constexpr int64_t kMaxWideTerms = 256;  // with several pieces side by side
 constexpr int64_t kMaxGradTerms = 256;  // of a packed block of tokens
 constexpr int64_t kHalf = kPieceCols / 2;
 constexpr int64_t kMaxDotRows = 16;
@@ -104,10 +105,11 @@ class Ahead {
     const char* at;
     int64_t step;
   };
-  // `count` runs of `lines` lines, each line `line_step` bytes after the one before.
+  // Runs of kRun lines, line_step bytes apart, at every place of a nest of two loops.
   struct Runs {
     const char* at = nullptr;
-    int64_t count = 0, stride = 0, lines = 0, line_step = 0;
+    int64_t minor_count = 0, minor_stride = 0, major_count = 0, major_stride = 0, line_step = 0;
+    int64_t count() const { return minor_count * major_count; }
   };
 
   explicit Ahead(const char* nothing) : nothing_(nothing) {}
@@ -115,10 +117,10 @@ class Ahead {
   // The block is fetched by the last of `calls` calls that the rows leave free, or the cache would
   // lose it again before it is used.
   void set_block(const Runs (&block)[2], int64_t calls) {
-    line_ = 0;
+    minor_ = 0;
     for (int half = 0; half < 2; ++half) {
       block_[half] = block[half];
-      calls -= block[half].count * ((block[half].lines + kRun - 1) / kRun);
+      calls -= block[half].count();
     }
     wait_ = calls - calls / 8;
   }
@@ -141,13 +143,12 @@ class Ahead {
     }
     if (--wait_ >= 0) return {nothing_, 0};
     for (Runs& runs : block_) {
-      if (runs.count == 0) continue;
-      const char* at = runs.at + line_ * runs.line_step;
-      line_ += kRun;
-      if (line_ >= runs.lines) {
-        line_ = 0;
-        runs.at += runs.stride;
-        --runs.count;
+      if (runs.count() == 0) continue;
+      const char* at = runs.at + minor_ * runs.minor_stride;
+      if (++minor_ == runs.minor_count) {
+        minor_ = 0;
+        runs.at += runs.major_stride;
+        --runs.major_count;
       }
       return {at, runs.line_step};
     }
@@ -158,7 +159,7 @@ class Ahead {
   const char* nothing_;
   const char* const* row_ = nullptr;
   const char* const* last_row_ = nullptr;
-  int64_t row_bytes_ = 0, byte_ = 0, line_ = 0, wait_ = 0;
+  int64_t row_bytes_ = 0, byte_ = 0, minor_ = 0, wait_ = 0;
   Runs block_[2];
 };
 
@@ -171,16 +172,16 @@ class Finish {
   Finish() = default;
   template <class Fn>
   explicit Finish(const Fn& fn)
-      : fn_(&fn), call_([](const void* fn, const C* c, int64_t first, int64_t count) {
-          (*static_cast<const Fn*>(fn))(c, first, count);
+      : fn_(&fn), call_([](const void* fn, const C* c, int64_t first, int64_t count, int64_t part) {
+          (*static_cast<const Fn*>(fn))(c, first, count, part);
         }) {}
-  MOE_INLINE void operator()(const C* c, int64_t first, int64_t count) const {
-    if (fn_) call_(fn_, c, first, count);
+  MOE_INLINE void operator()(const C* c, int64_t first, int64_t count, int64_t part) const {
+    if (fn_) call_(fn_, c, first, count, part);
   }
 
  private:
   const void* fn_ = nullptr;
-  void (*call_)(const void*, const C*, int64_t, int64_t) = nullptr;
+  void (*call_)(const void*, const C*, int64_t, int64_t, int64_t) = nullptr;
 };
 
 template <class S>
@@ -388,18 +389,18 @@ struct Gemm {
   static MOE_INLINE void tiles(
       int64_t first, int64_t rows, int64_t steps, bool odd, const char* const* a, int64_t a_step,
       int64_t a_bytes, const Operand* panel, C* c_rows, int64_t panel_col, bool accumulate,
-      Ahead& ahead, const Finish<C>& finish) {
+      Ahead& ahead, const Finish<C>& finish, int64_t part) {
     for (; first + kRows <= rows; first += kRows) {
       C* c = c_rows + first * kPieceCols;
       ahead.set_rows(a + first + kRows, smaller(rows - first - kRows, kTileRows), a_bytes);
       tile<kRows>(steps, odd, a + first, a_step, panel, c + panel_col, accumulate, ahead);
-      finish(c, first, kRows);
+      finish(c, first, kRows, part);
     }
     if constexpr (kRows > 1) {
       if (first < rows) {
         tiles<kRows - 1>(
             first, rows, steps, odd, a, a_step, a_bytes, panel, c_rows, panel_col, accumulate,
-            ahead, finish);
+            ahead, finish, part);
       }
     }
   }
@@ -461,8 +462,7 @@ struct Gemm {
   }
   // One row of b after the other reads memory in one stream, which is fastest where reading is what
   // takes the time; four at once need fewer loads of a.
-  static void dots(
-      const char* const* a, int64_t rows, const Columns<S>& b, int64_t terms, C* c) {
+  static void dots(const char* const* a, int64_t rows, const Columns<S>& b, int64_t terms, C* c) {
     constexpr int64_t kStreamRows = 4;
     for (int half = 0; half < 2; ++half) {
       C* to = c + half * kHalf;
@@ -479,24 +479,25 @@ struct Gemm {
     }
   }
 
-  static int64_t scratch_bytes(int64_t rows, int64_t terms) {
+  static int64_t scratch_bytes(int64_t rows, int64_t terms, int64_t parts) {
     const int64_t block = smaller(terms, kMaxTerms);
     const int64_t widened = larger(rows * block, smaller(rows, kMaxDotRows) * terms);
-    return Scratch::bytes<C>(rows * kPieceCols) +
+    return Scratch::bytes<C>(parts * rows * kPieceCols) +
            Scratch::bytes<Operand>(steps_of(block) * kPanelCols) +
            (kDirect ? 0 : Scratch::bytes<Operand>(widened));
   }
 
-  // c [rows, kPieceCols] = rows of a times b, over `terms`, goes to `finish`; columns that b does
-  // not have are undefined. `next` may name the b of the next product, to be fetched ahead.
+  // For each of `parts` pieces side by side: c [rows, kPieceCols] = rows of a times b[part], over
+  // `terms`, goes to `finish`; columns that b does not have are undefined. `next` may name the b of
+  // the next product, to be fetched ahead.
   static void multiply(
-      const S* const* a, int64_t rows, int64_t terms, const Columns<S>& b, const Columns<S>* next,
-      void* scratch_buffer, const Finish<C>& finish) {
+      const S* const* a, int64_t rows, int64_t terms, const Columns<S>* b, int64_t parts,
+      const Columns<S>* next, void* scratch_buffer, const Finish<C>& finish) {
     const bool dot =
-        b.k_stride == 1 && (rows <= kMaxDotRows || (kDirect && b.size() <= kMaxDotCols));
-    const int64_t block = dot ? terms : smaller(terms, kMaxTerms);
+        b->k_stride == 1 && (rows <= kMaxDotRows || (kDirect && b->size() <= kMaxDotCols));
+    const int64_t block = dot ? terms : smaller(terms, parts > 1 ? kMaxWideTerms : kMaxTerms);
     Scratch scratch(scratch_buffer);
-    C* c = scratch.take<C>(rows * kPieceCols);
+    C* c = scratch.take<C>(parts * rows * kPieceCols);
     Operand* panel = dot ? nullptr : scratch.take<Operand>(steps_of(block) * kPanelCols);
     Operand* widened = kDirect ? nullptr : scratch.take<Operand>(rows * block);
     const char* row[kMaxRows];
@@ -513,24 +514,29 @@ struct Gemm {
           row[m] = reinterpret_cast<const char*>(to);
         }
       }
-      if (dot) {
-        dots(row, rows, b, count, c);
-        finish(c, 0, rows);
-        continue;
-      }
       Ahead ahead(reinterpret_cast<const char*>(panel));
       const bool last = first + count == terms;
-      if (!last) {
-        fetch_block(b, first + count, smaller(terms - first - count, block), rows, ahead);
-      } else if (next) {
-        fetch_block(*next, 0, block, rows, ahead);
+      if (!dot && !last) {
+        fetch_block(b, parts, first + count, smaller(terms - first - count, block), rows, ahead);
+      } else if (!dot && next) {
+        fetch_block(next, parts, 0, block, rows, ahead);
       }
-      for (int64_t p = 0; p < panels_of(b); ++p) {
-        pack_panel(b, p, first, count, panel);
-        tiles(
-            0, rows, steps_of(count), kPairs && count % 2, row, sizeof(Operand),
-            count * static_cast<int64_t>(sizeof(Operand)) / kTermsPerStep, panel, c, p * kPanelHalf,
-            first > 0, ahead, last && p + 1 == panels_of(b) ? finish : Finish<C>());
+      for (int64_t part = 0; part < parts; ++part) {
+        C* c_part = c + part * rows * kPieceCols;
+        if (dot) {
+          dots(row, rows, b[part], count, c_part);
+          finish(c_part, 0, rows, part);
+          continue;
+        }
+        const int64_t panels = panels_of(b[part]);
+        for (int64_t p = 0; p < panels; ++p) {
+          pack_panel(b[part], p, first, count, panel);
+          tiles(
+              0, rows, steps_of(count), kPairs && count % 2, row, sizeof(Operand),
+              count * static_cast<int64_t>(sizeof(Operand)) / kTermsPerStep, panel, c_part,
+              p * kPanelHalf, first > 0, ahead, last && p + 1 == panels ? finish : Finish<C>(),
+              part);
+        }
       }
     }
   }
@@ -589,7 +595,7 @@ struct Gemm {
           const bool last = first + terms == end && p + 1 == panels_of(b);
           tiles(
               0, M, steps, false, row, kLanes * sizeof(Operand), 0, panel, c + n * M,
-              p * kPanelHalf, first > begin, ahead, last ? Finish<C>(store_rows) : Finish<C>());
+              p * kPanelHalf, first > begin, ahead, last ? Finish<C>(store_rows) : Finish<C>(), 0);
         }
       }
     }
@@ -598,24 +604,31 @@ struct Gemm {
  private:
   // Names the block of `terms` terms of b from `first` on.
   static void fetch_block(
-      const Columns<S>& b, int64_t first, int64_t terms, int64_t rows, Ahead& ahead) {
+      const Columns<S>* b, int64_t parts, int64_t first, int64_t terms, int64_t rows,
+      Ahead& ahead) {
     constexpr int64_t kElement = sizeof(S);
+    constexpr int64_t kBytes = 64 * Ahead::kRun;
+    const auto lines = [](int64_t columns) { return (columns * kElement + 63) / 64; };
     Ahead::Runs runs[2];
     for (int half = 0; half < 2; ++half) {
-      runs[half].at = reinterpret_cast<const char*>(b.data[half] + first * b.k_stride);
-      if (b.k_stride == 1) {
-        const int64_t lines = (terms * kElement + 63) / 64;
-        runs[half] = {runs[half].at, b.count[half], b.n_stride * kElement, lines, 64};
+      const auto at = reinterpret_cast<const char*>(b->data[half] + first * b->k_stride);
+      if (b->k_stride == 1) {
+        const int64_t row_runs = (terms * kElement + kBytes - 1) / kBytes;
+        runs[half] = {at, b->count[half], b->n_stride * kElement, row_runs, kBytes, 64};
       } else {
-        const int64_t lines = (b.count[half] * kElement + 63) / 64;
-        runs[half] = {runs[half].at, lines, 64, terms, b.k_stride * kElement};
+        // Neighbouring lines together; with several parts one run of lines serves them all.
+        const int64_t step = b->k_stride * kElement;
+        const int64_t width =
+            parts > 1 ? half == 0 ? lines(parts * kPieceCols) : 0 : lines(b->count[half]);
+        const int64_t row_runs = (terms + Ahead::kRun - 1) / Ahead::kRun;
+        runs[half] = {at, width, 64, row_runs, Ahead::kRun * step, step};
       }
     }
     constexpr int64_t kPanels = kHalf / kPanelHalf;
     const int64_t calls = (steps_of(terms) + Ahead::kRun - 1) / Ahead::kRun;
-    const int64_t row_calls = (terms * kElement + 64 * Ahead::kRun - 1) / (64 * Ahead::kRun);
+    const int64_t row_calls = (terms * kElement + kBytes - 1) / kBytes;
     ahead.set_block(
-        runs, kPanels * ((rows + kTileRows - 1) / kTileRows * calls - rows * row_calls));
+        runs, parts * kPanels * ((rows + kTileRows - 1) / kTileRows * calls - rows * row_calls));
   }
 };
 

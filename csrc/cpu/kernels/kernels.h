@@ -22,6 +22,7 @@ enum class Type { kF64, kF32, kBf16, kF16 };
 
 // Columns of a matrix product that one piece computes, and of weights' gradients per piece.
 constexpr int64_t kPieceCols = 64;
+constexpr int64_t kMaxParts = 4;
 constexpr int64_t kGradRows = 256;
 constexpr int64_t kGradCols = 256;
 
@@ -76,6 +77,8 @@ struct CombineArgs {
   const int32_t* token;    // of a row, or null: the row itself
   const void* row_weight;  // compute type, or null: 1
   void* out;               // [T, N]
+  int64_t parts;  // pieces side by side in one: 1, or kMaxParts where rows of weights^T are
+                  // so far apart that reading few columns of each wastes memory's time
 };
 
 // Tokens [begin, end), whose rows are the chunks [first_chunk, last_chunk).
@@ -99,6 +102,7 @@ struct GradHiddenArgs {
   // [ceil(I / kPieceCols), num_rows] compute type: parts of <grad_out, unweighted row>; may be
   // null.
   void* grad_weight_parts;
+  int64_t parts;  // as in CombineArgs
 };
 
 // grad[e, m, n] = sum over the rows r of expert e of left[r, m] * right[r, n].
@@ -121,9 +125,10 @@ struct ColumnSumArgs {
 // that the caller will do the piece of the next col after this one: its weights are fetched ahead.
 struct TypeKernels {
   int64_t max_chunk_rows;  // of a RowChunk
-  // Bytes of scratch that a piece needs, for chunks of at most `rows` rows and products over at
-  // most `k` terms; combine also needs kPieceCols compute numbers for every token of its block.
-  int64_t (*scratch_bytes)(int64_t rows, int64_t k);
+  // Bytes of scratch that a piece of `parts` parts needs, for chunks of at most `rows` rows and
+  // products over at most `k` terms; combine also needs kPieceCols compute numbers per part for
+  // every token of its block and one more.
+  int64_t (*scratch_bytes)(int64_t rows, int64_t k, int64_t parts);
   int64_t (*grad_scratch_bytes)(int64_t rows);
   void (*up)(const UpArgs&, const RowChunk&, int64_t col, bool next, void* scratch);
   void (*combine)(
