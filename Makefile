@@ -1,7 +1,8 @@
 # Every target sets up what it needs in .venv and redoes nothing that is done.
 #
-#   make demo    train the small language model     make test    run the tests
-#   make bench   run the benchmarks                 make lint    check style; make format mends it
+#   make demo    train the small language model     make test          run the tests
+#   make bench   run the benchmarks                 make test-kernels  CPU kernels under sanitizers
+#   make bench-cpu   experts against their peers    make lint          check style; make format mends
 #
 # PYTHON=python3.12   the interpreter of .venv (3.10 or newer)
 # TORCH=torch==2.12   another torch than constraints.txt pins (needs a fresh .venv: make clean)
@@ -13,11 +14,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(SOURCES) $(wildcard tests/*.cpp benchmarks/*.cpp)
+KERNELS := $(wildcard csrc/cpu/kernels/*.cpp) tests/test_kernels.cpp
 
-.PHONY: help demo test bench lint format clean setup
+.PHONY: help demo test test-kernels bench bench-cpu lint format clean setup
 
 help:
-	@sed -n '2,8s/^# \{0,1\}//p' Makefile
+	@sed -n '2,9s/^# \{0,1\}//p' Makefile
 
 setup: $(VENV)/.built
 
@@ -43,19 +46,37 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
+# One program for each sanitizer, its units compiled side by side; threads for the thread sanitizer.
+test-kernels: build/kernels-address,undefined build/kernels-thread
+	build/kernels-address,undefined
+	build/kernels-thread 3
+
+build/kernels-%: $(KERNELS) $(wildcard csrc/cpu/kernels/*.h csrc/common/*.h)
+	@mkdir -p $@-objects
+	@echo "== building the kernels' test with -fsanitize=$* (about 2 minutes on 2 cores)"
+	@printf '%s\n' $(KERNELS) | xargs -P "$$(nproc)" -I{} sh -c 'c++ -std=c++17 -O1 -g -Wall -Icsrc \
+	  -fsanitize=$* -fno-sanitize-recover=all -c {} -o $@-objects/$$(basename {}).o'
+	@c++ -fsanitize=$* -pthread $@-objects/*.o -o $@
+
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds \
 	  --benchmark-group-by=func --benchmark-sort=name $(ARGS)
 
+# Gradients of a big layer are fresh memory in every step; an allocator that keeps freed memory
+# spares all competitors alike the system's clearing of it.
+bench-cpu: setup
+	GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736 \
+	  $(BIN)/python -m pytest benchmarks/bench_moe_cpu.py -s $(ARGS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info moe_ext/_C*.so

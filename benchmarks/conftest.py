@@ -7,11 +7,15 @@ import pytest
 import torch
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The name; family and model too, since some names say little."""
+    facts = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    if "model name" not in facts:
+        return platform.machine()
+    return f"{facts['model name']} family {facts.get('cpu family')} model {facts.get('model')}"
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
@@ -21,13 +25,13 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.pop("node")
-    machine_info["cpu_model"] = _cpu_model()
+    machine_info["cpu_model"] = cpu_model()
     machine_info["threads"] = torch.get_num_threads()
     machine_info["torch"] = torch.__version__
 
 
 def pytest_report_header(config):
-    return f"{_cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 @pytest.fixture(autouse=True)
