@@ -8,6 +8,7 @@ for all of them; the best round of each counts.
 
 import copy
 import dataclasses
+import gc
 import json
 import re
 import subprocess
@@ -19,7 +20,7 @@ import ceilings
 import pytest
 import torch
 from conftest import cpu_model
-from moe_peers import PEERS, Inputs, Work, forward, train_step
+from moe_peers import PEERS, Inputs, Work, forget, forward, train_step
 
 import moe_ext
 
@@ -208,6 +209,13 @@ def test_peak_memory(benchmark):
     if not benchmark.disabled:
         rows.append({"kind": "peak memory of a train step", "work": str(work), "mib": mib})
         print(f"\npeak memory {work}: {mib} MiB beyond inputs, parameters and gradients")
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    yield
+    gc.collect()
+    forget()
 
 
 @pytest.fixture(scope="module", autouse=True)

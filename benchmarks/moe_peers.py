@@ -157,6 +157,12 @@ if zentorch is not None:
     PEERS["zentorch"] = _zentorch
 
 
+def forget() -> None:
+    """Frees what peers keep of weights that are gone."""
+    if zentorch is not None:
+        torch.ops.zentorch.zentorch_flush_moe_weight_cache()
+
+
 def forward(peer: str, work: Work, x: Inputs):
     run = PEERS[peer](work, x)
 

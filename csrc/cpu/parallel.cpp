@@ -12,6 +12,9 @@ namespace {
 // Waking and joining threads costs a few microseconds.
 constexpr double kNanosecondsPerThread = 10000;
 
+// Taken at once. Threads that stay close to each other share the weights and rows in the cache.
+constexpr int64_t kMostPieces = 8;
+
 int64_t count_pieces(const Phase& phase) {
   int64_t pieces = 0;
   for (const Job& job : phase) pieces += job.pieces;
@@ -67,7 +70,7 @@ void run_phases(const std::vector<Phase>& phases, int64_t scratch_bytes, double 
         i = next[p].load();
         int64_t end;
         do {
-          end = i + std::max<int64_t>((pieces[p] - i) / (4 * threads), 1);
+          end = i + std::clamp<int64_t>((pieces[p] - i) / (4 * threads), 1, kMostPieces);
         } while (i < pieces[p] && !next[p].compare_exchange_weak(i, end));
         if (i < pieces[p]) run_pieces(phases[p], i, end, own);
       }

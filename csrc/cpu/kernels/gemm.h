@@ -60,7 +60,7 @@ constexpr int64_t kMaxTerms = 512;      // of a packed block
 constexpr int64_t kMaxWideTerms = 256;  // with several pieces side by side
 constexpr int64_t kMaxGradTerms = 256;  // of a packed block of tokens
 constexpr int64_t kHalf = kPieceCols / 2;
-constexpr int64_t kMaxDotRows = 16;
+constexpr int64_t kMaxDotRows = 6;
 constexpr int64_t kMaxDotCols = 16;
 
 MOE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -417,12 +417,12 @@ struct Gemm {
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) {
         OperandReg x[kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m) x[m] = read_as<OperandReg>(a[m] + at + p * kBytes);
 #pragma GCC unroll 8
         for (int n = 0; n < kCols; ++n) {
           const OperandReg w = load_terms(b + n * n_stride + k + p * kTerms, kTerms);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int m = 0; m < kRows; ++m) sum[p][m][n] = multiply_add(x[m], w, sum[p][m][n]);
         }
       }
@@ -438,9 +438,9 @@ struct Gemm {
         }
       }
     }
-#pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
       for (int n = 0; n < kCols; ++n) {
 #pragma GCC unroll 4
         for (int p = 1; p < kParts; ++p) sum[0][m][n] += sum[p][m][n];
@@ -448,33 +448,35 @@ struct Gemm {
       }
     }
   }
-  template <int kCols, int kParts>
+  // All rows with kCols of b, in tiles of 8, 4, 2 and 1; few rows need several sums each, or every
+  // multiply-add would wait for the one before.
+  template <int kCols, int kRows = 8>
   static MOE_INLINE void dot_rows(
       const char* const* a, int64_t rows, const S* b, int64_t n_stride, int64_t terms, C* c) {
-    int64_t m = 0;
-    for (; m + 4 <= rows; m += 4) {
-      dot_tile<4, kCols, 1>(a + m, b, n_stride, terms, c + m * kPieceCols);
+    constexpr int kParts = kRows * kCols >= 4 ? 1 : 4 / (kRows * kCols);
+    for (; rows >= kRows; rows -= kRows, a += kRows, c += kRows * kPieceCols) {
+      dot_tile<kRows, kCols, kParts>(a, b, n_stride, terms, c);
     }
-    for (; m + 2 <= rows; m += 2) {
-      dot_tile<2, kCols, kParts>(a + m, b, n_stride, terms, c + m * kPieceCols);
+    if constexpr (kRows > 1) {
+      if (rows > 0) dot_rows<kCols, kRows / 2>(a, rows, b, n_stride, terms, c);
     }
-    if (m < rows) dot_tile<1, kCols, kParts>(a + m, b, n_stride, terms, c + m * kPieceCols);
   }
   // One row of b after the other reads memory in one stream, which is fastest where reading is what
-  // takes the time; four at once need fewer loads of a.
-  static void dots(const char* const* a, int64_t rows, const Columns<S>& b, int64_t terms, C* c) {
-    constexpr int64_t kStreamRows = 4;
+  // takes the time; two at once need fewer loads of a.
+  static void dots(
+      const char* const* a, int64_t rows, const Columns<S>& b, int64_t terms, C* c) {
+    constexpr int64_t kStreamRows = 8;
     for (int half = 0; half < 2; ++half) {
       C* to = c + half * kHalf;
       int64_t n = 0;
       const S* data = b.data[half];
       if (rows > kStreamRows) {
-        for (; n + 4 <= b.count[half]; n += 4) {
-          dot_rows<4, 1>(a, rows, data + n * b.n_stride, b.n_stride, terms, to + n);
+        for (; n + 2 <= b.count[half]; n += 2) {
+          dot_rows<2>(a, rows, data + n * b.n_stride, b.n_stride, terms, to + n);
         }
       }
       for (; n < b.count[half]; ++n) {
-        dot_rows<1, 4>(a, rows, data + n * b.n_stride, b.n_stride, terms, to + n);
+        dot_rows<1>(a, rows, data + n * b.n_stride, b.n_stride, terms, to + n);
       }
     }
   }
