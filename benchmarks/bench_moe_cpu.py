@@ -25,7 +25,7 @@ from moe_peers import PEERS, Inputs, Work, forget, forward, train_step
 import moe_ext
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-SECONDS = 6.0  # of a row
+SECONDS = 4.0  # of a row
 WIDE = ["moe_ext", "grouped_mm", "zentorch", "dense", "reference", "eager", "batched_mm"]
 CLOSE = ["moe_ext", "grouped_mm", "zentorch", "dense"]
 

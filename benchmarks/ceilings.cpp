@@ -21,20 +21,20 @@ volatile float sink;
 
 // `count` rounds of 12 independent sums, so that the units and not the latency are the limit.
 // Each returns the operations of a round.
-#define MOE_PROBE(NAME, TARGET, REG, ZERO, MULTIPLY_ADD, FLOPS)   \
-  __attribute__((target(TARGET))) double NAME(int64_t count) {    \
-    REG sum[12];                                                  \
-    for (auto& s : sum) s = ZERO;                                 \
-    for (int64_t i = 0; i < count; ++i) {                         \
-      _Pragma("GCC unroll 12") for (auto& s : sum) {              \
-        MULTIPLY_ADD;                                             \
-        asm volatile("" : "+v"(s));                               \
-      }                                                           \
-    }                                                             \
-    float first;                                                  \
-    std::memcpy(&first, sum, sizeof(first));                      \
-    sink = first;                                                 \
-    return 12.0 * FLOPS;                                          \
+#define MOE_PROBE(NAME, TARGET, REG, ZERO, MULTIPLY_ADD, FLOPS) \
+  __attribute__((target(TARGET))) double NAME(int64_t count) {  \
+    REG sum[12];                                                \
+    for (auto& s : sum) s = ZERO;                               \
+    for (int64_t i = 0; i < count; ++i) {                       \
+      _Pragma("GCC unroll 12") for (auto& s : sum) {            \
+        MULTIPLY_ADD;                                           \
+        asm volatile("" : "+v"(s));                             \
+      }                                                         \
+    }                                                           \
+    float first;                                                \
+    std::memcpy(&first, sum, sizeof(first));                    \
+    sink = first;                                               \
+    return 12.0 * FLOPS;                                        \
   }
 
 #if defined(__x86_64__)

@@ -155,13 +155,14 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
   std::vector<RowChunk> chunks, experts{{0, 0, rows}, {1, rows, N}};
   for (const RowChunk& expert : experts) {
     for (int64_t begin = expert.begin; begin < expert.end; begin += kernels.max_chunk_rows) {
-      chunks.push_back({expert.expert, begin, std::min(begin + kernels.max_chunk_rows, expert.end)});
+      chunks.push_back(
+          {expert.expert, begin, std::min(begin + kernels.max_chunk_rows, expert.end)});
     }
   }
-  const int64_t scratch = kernels.scratch_bytes(
-                              std::min(std::max<int64_t>(rows, 5), kernels.max_chunk_rows),
-                              std::max(H, W), kMaxParts) +
-                          (T + 1) * kMaxParts * kPieceCols * 8;
+  const int64_t scratch =
+      kernels.scratch_bytes(
+          std::min(std::max<int64_t>(rows, 5), kernels.max_chunk_rows), std::max(H, W), kMaxParts) +
+      (T + 1) * kMaxParts * kPieceCols * 8;
 
   // Forward.
   Buffer hidden(type, N * W), activated(type, N * I), out(type, T * H);
@@ -169,8 +170,17 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
   Weights up = gate;
   up.data = offset(up_weights, I * gate.n_stride);
   const UpArgs up_args{
-      H, I, Activation::kSilu, true, {x.data(), H, token.data()}, gate, up,
-      {up_bias.data(), W}, {offset(up_bias, I), W}, hidden.data(), activated.data()};
+      H,
+      I,
+      Activation::kSilu,
+      true,
+      {x.data(), H, token.data()},
+      gate,
+      up,
+      {up_bias.data(), W},
+      {offset(up_bias, I), W},
+      hidden.data(),
+      activated.data()};
   const int64_t up_cols = (W + kPieceCols - 1) / kPieceCols;
   run(chunks.size() * up_cols, scratch, [&](int64_t i, void* s) {
     const int64_t col = i % up_cols;
@@ -195,8 +205,15 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
   check(name + " activated", type, activated, expected_activated);
 
   const CombineArgs combine_args{
-      I, H, {activated.data(), I, nullptr}, weights(down_weights, H, I), {down_bias.data(), H},
-      token.data(), row_weight.data(), out.data(), 1};
+      I,
+      H,
+      {activated.data(), I, nullptr},
+      weights(down_weights, H, I),
+      {down_bias.data(), H},
+      token.data(),
+      row_weight.data(),
+      out.data(),
+      1};
   // Two blocks of tokens.
   std::vector<RowChunk> block_chunks;
   std::vector<TokenBlock> blocks;
@@ -241,9 +258,20 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
     Weights down = weights(down_weights, H, I);
     std::swap(down.n_stride, down.k_stride);
     const GradHiddenArgs hidden_args{
-        H, I, N, Activation::kSilu, true, {grad.data(), H, token.data()}, down,
-        {down_bias.data(), H}, hidden.data(), row_weight.data(), grad_hidden.data(),
-        weighted.data(), grad_parts.data(), parts};
+        H,
+        I,
+        N,
+        Activation::kSilu,
+        true,
+        {grad.data(), H, token.data()},
+        down,
+        {down_bias.data(), H},
+        hidden.data(),
+        row_weight.data(),
+        grad_hidden.data(),
+        weighted.data(),
+        grad_parts.data(),
+        parts};
     const int64_t cols = (I + parts * kPieceCols - 1) / (parts * kPieceCols);
     run(chunks.size() * cols, scratch, [&](int64_t i, void* s) {
       const int64_t col = i % cols;
@@ -290,14 +318,21 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
     std::swap(back.n_stride, back.k_stride);
     Buffer grad_x(type, T * H);
     run_combine(
-        {W, H, {grad_hidden.data(), W, nullptr}, back, {nullptr, 0}, token.data(), nullptr,
-         grad_x.data(), parts});
+        {W,
+         H,
+         {grad_hidden.data(), W, nullptr},
+         back,
+         {nullptr, 0},
+         token.data(),
+         nullptr,
+         grad_x.data(),
+         parts});
     std::vector<double> expected_x(T * H);
     for (int64_t r = 0; r < N; ++r) {
       for (int64_t w = 0; w < W; ++w) {
         for (int64_t h = 0; h < H; ++h) {
-          expected_x[token[r] * H + h] += grad_hidden.values[r * W + w] *
-                                          up_weights.values[at(expert_of(r), w, h, W, H)];
+          expected_x[token[r] * H + h] +=
+              grad_hidden.values[r * W + w] * up_weights.values[at(expert_of(r), w, h, W, H)];
         }
       }
     }
@@ -306,21 +341,25 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
     if (parts > 1) continue;
     experts.push_back({2, N, N});  // an idle expert
     Buffer grad_up(type, 3 * W * H), sums(type, 3 * W);
-    const GradWeightsArgs grad_args{
-        W, H, {grad_hidden.data(), W, nullptr}, {x.data(), H, token.data()}, grad_up.data(),
-        rows % 2 == 0};
+    const GradWeightsArgs grad_args{W,
+                                    H,
+                                    {grad_hidden.data(), W, nullptr},
+                                    {x.data(), H, token.data()},
+                                    grad_up.data(),
+                                    rows % 2 == 0};
     const int64_t m_blocks = (W + kGradRows - 1) / kGradRows;
     const int64_t n_blocks = (H + kGradCols - 1) / kGradCols;
-    run(3 * m_blocks * n_blocks, kernels.grad_scratch_bytes(std::max<int64_t>(rows, 5)), [&](int64_t i, void* s) {
-      kernels.grad_weights(
-          grad_args, experts[i / n_blocks / m_blocks], i / n_blocks % m_blocks, i % n_blocks, s);
-    });
+    run(3 * m_blocks * n_blocks, kernels.grad_scratch_bytes(std::max<int64_t>(rows, 5)),
+        [&](int64_t i, void* s) {
+          kernels.grad_weights(
+              grad_args, experts[i / n_blocks / m_blocks], i / n_blocks % m_blocks, i % n_blocks,
+              s);
+        });
     const ColumnSumArgs sum_args{
         W, {grad_hidden.data(), W, nullptr}, row_weight.data(), sums.data()};
     const int64_t w_cols = (W + kPieceCols - 1) / kPieceCols;
-    run(3 * w_cols, 64, [&](int64_t i, void*) {
-      kernels.column_sum(sum_args, experts[i / w_cols], i % w_cols);
-    });
+    run(3 * w_cols, 64,
+        [&](int64_t i, void*) { kernels.column_sum(sum_args, experts[i / w_cols], i % w_cols); });
     experts.pop_back();
     std::vector<double> expected_up(3 * W * H), expected_sums(3 * W);
     for (int64_t r = 0; r < N; ++r) {

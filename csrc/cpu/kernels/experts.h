@@ -251,25 +251,11 @@ struct Experts {
       for (int64_t i = 0; i < M; ++i) __builtin_memset(grad + i * args.N, 0, N * sizeof(S));
       return;
     }
+    const bool aligned =
+        reinterpret_cast<uintptr_t>(grad) % 64 == 0 && args.N * sizeof(S) % 64 == 0;
     G::multiply_transposed(
-        args.left, m, M, args.right, n, N, chunk.begin, chunk.end, scratch, [&](int64_t col) {
-          return [=](const C* c, int64_t first, int64_t rows, int64_t) {
-            S* out = grad + first * args.N + col;
-            const int64_t count = smaller(N - col, kPieceCols);
-            for (int64_t r = 0; r < rows; ++r, out += args.N, c += kPieceCols) {
-              store_run(out, c, count, args.stream);
-            }
-          };
-        });
-  }
-
-  // count <= kPieceCols numbers, past the caches if `past` and only whole lines are written.
-  static MOE_INLINE void store_run(S* out, const C* c, int64_t count, bool past) {
-    if (past && count == kPieceCols && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
-      for (int64_t j = 0; j < kPieceCols; j += kLanes) stream(out + j, load<V>(c + j));
-    } else {
-      for (int64_t j = 0; j < count; j += kLanes) store(out + j, load<V>(c + j), count - j);
-    }
+        args.left, m, M, args.right, n, N, chunk.begin, chunk.end,
+        {grad, args.N, args.stream && aligned}, scratch);
   }
 
   static void column_sum(const ColumnSumArgs& args, const RowChunk& chunk, int64_t col) {

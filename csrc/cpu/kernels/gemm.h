@@ -322,16 +322,26 @@ struct Gemm {
     }
   }
 
+  // Where complete rows of kPieceCols go straight from the registers; nowhere if out is null.
+  // `past`: past the caches, and then rows are aligned to lines.
+  struct Direct {
+    S* out;
+    int64_t stride;
+    bool past;
+  };
+
   // c [kRows, kPieceCols] (+)= a panel: row m's operand of a step lies a_step bytes after that of
   // the step before. `odd`: the last step's second term does not exist in a.
+  // Never inlined: its loop needs all the registers, and a caller's variables would take some.
   template <int kRows>
-  static void tile(
+  static MOE_NOINLINE void tile(
       int64_t steps, bool odd, const char* const* a, int64_t a_step, const Operand* panel, C* c,
-      bool accumulate, Ahead& ahead) {
+      bool accumulate, Ahead& ahead, const Direct& direct) {
     Reg sum[kRows][kTileVecs];
-    const auto place = [&](int m, int j) {
-      return c + m * kPieceCols + j * kLanes + (j < kTileVecs / 2 ? 0 : kHalf - kPanelHalf);
+    const auto col = [](int j) {
+      return j * kLanes + (j < kTileVecs / 2 ? 0 : kHalf - kPanelHalf);
     };
+    const auto place = [&](int m, int j) { return c + m * kPieceCols + col(j); };
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
@@ -374,6 +384,17 @@ struct Gemm {
         }
       }
     }
+    if (direct.out) {
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kTileVecs; ++j) {
+          S* to = direct.out + m * direct.stride + col(j);
+          direct.past ? stream(to, V(sum[m][j])) : store(to, V(sum[m][j]));
+        }
+      }
+      return;
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
@@ -389,18 +410,21 @@ struct Gemm {
   static MOE_INLINE void tiles(
       int64_t first, int64_t rows, int64_t steps, bool odd, const char* const* a, int64_t a_step,
       int64_t a_bytes, const Operand* panel, C* c_rows, int64_t panel_col, bool accumulate,
-      Ahead& ahead, const Finish<C>& finish, int64_t part) {
+      Ahead& ahead, const Finish<C>& finish, int64_t part, const Direct& direct = {}) {
     for (; first + kRows <= rows; first += kRows) {
       C* c = c_rows + first * kPieceCols;
       ahead.set_rows(a + first + kRows, smaller(rows - first - kRows, kTileRows), a_bytes);
-      tile<kRows>(steps, odd, a + first, a_step, panel, c + panel_col, accumulate, ahead);
+      const Direct rows_out{
+          direct.out ? direct.out + first * direct.stride + panel_col : nullptr, direct.stride,
+          direct.past};
+      tile<kRows>(steps, odd, a + first, a_step, panel, c + panel_col, accumulate, ahead, rows_out);
       finish(c, first, kRows, part);
     }
     if constexpr (kRows > 1) {
       if (first < rows) {
         tiles<kRows - 1>(
             first, rows, steps, odd, a, a_step, a_bytes, panel, c_rows, panel_col, accumulate,
-            ahead, finish, part);
+            ahead, finish, part, direct);
       }
     }
   }
@@ -463,8 +487,7 @@ struct Gemm {
   }
   // One row of b after the other reads memory in one stream, which is fastest where reading is what
   // takes the time; two at once need fewer loads of a.
-  static void dots(
-      const char* const* a, int64_t rows, const Columns<S>& b, int64_t terms, C* c) {
+  static void dots(const char* const* a, int64_t rows, const Columns<S>& b, int64_t terms, C* c) {
     constexpr int64_t kStreamRows = 8;
     for (int half = 0; half < 2; ++half) {
       C* to = c + half * kHalf;
@@ -554,13 +577,11 @@ struct Gemm {
            Scratch::bytes<Operand>(steps * kGradRows);
   }
 
-  // left^T right over the rows [begin, end): M <= kGradRows columns of left from left_col, N <=
-  // kGradCols columns of right from right_col. finish(n) makes what the columns from right_col + n
-  // on go to.
-  template <class MakeFinish>
+  // out [M, N] = left^T right over the rows [begin, end): M <= kGradRows columns of left from
+  // left_col, N <= kGradCols columns of right from right_col.
   static void multiply_transposed(
       const Rows& left, int64_t left_col, int64_t M, const Rows& right, int64_t right_col,
-      int64_t N, int64_t begin, int64_t end, void* scratch_buffer, const MakeFinish& make_finish) {
+      int64_t N, int64_t begin, int64_t end, const Direct& out, void* scratch_buffer) {
     Scratch scratch(scratch_buffer);
     C* c = scratch.take<C>(kGradRows * kGradCols);
     const int64_t block = smaller(end - begin, kMaxGradTerms);
@@ -590,14 +611,22 @@ struct Gemm {
             1,
             right.stride,
             index_from(right, first)};
-        const auto store_rows = make_finish(n);
+        const bool whole = N - n >= kPieceCols;
+        const auto store_rows = [&](const C* rows, int64_t first_row, int64_t count, int64_t) {
+          S* to = out.out + first_row * out.stride + n;
+          for (int64_t r = 0; r < count; ++r, to += out.stride, rows += kPieceCols) {
+            for (int64_t j = 0; j < N - n; j += kLanes) store(to + j, load<V>(rows + j), N - n - j);
+          }
+        };
         Ahead ahead(reinterpret_cast<const char*>(panel));
         for (int64_t p = 0; p < panels_of(b); ++p) {
           pack_panel(b, p, 0, terms, panel);
-          const bool last = first + terms == end && p + 1 == panels_of(b);
+          const bool last = first + terms == end;
+          const bool finishes = last && !whole && p + 1 == panels_of(b);
           tiles(
               0, M, steps, false, row, kLanes * sizeof(Operand), 0, panel, c + n * M,
-              p * kPanelHalf, first > begin, ahead, last ? Finish<C>(store_rows) : Finish<C>(), 0);
+              p * kPanelHalf, first > begin, ahead, finishes ? Finish<C>(store_rows) : Finish<C>(),
+              0, last && whole ? Direct{out.out + n, out.stride, out.past} : Direct{});
         }
       }
     }

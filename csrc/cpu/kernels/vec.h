@@ -30,6 +30,7 @@
 #include <cmath>
 
 #define MOE_INLINE inline __attribute__((always_inline))
+#define MOE_NOINLINE __attribute__((noinline))
 
 namespace moe_ext::kernels {
 namespace {
