@@ -1,4 +1,4 @@
-"""The CPU kernels on every instruction set that this machine has, and with any number of threads."""
+"""The CPU kernels on every instruction set of this machine, and with any number of threads."""
 
 import pytest
 import torch

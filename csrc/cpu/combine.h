@@ -13,10 +13,10 @@ namespace moe_ext::cpu {
 
 // out[t] = sum_k weights[t, k] * rows[row_map[t, k]], summed in compute_t with k ascending.
 //   rows [N, H]   row_map [T, K], -1 is skipped   weights [T, K] or null (all 1)   out [T, H]
-template <class row_t, class out_t, class compute_t>
+template <class scalar_t, class compute_t>
 void combine_kernel(
-    const row_t* rows, const int32_t* row_map, const compute_t* weights, int64_t T, int64_t K,
-    int64_t H, out_t* out) {
+    const scalar_t* rows, const int32_t* row_map, const compute_t* weights, int64_t T, int64_t K,
+    int64_t H, scalar_t* out) {
   at::parallel_for(0, T, 16, [&](int64_t begin, int64_t end) {
     std::vector<compute_t> sum(H);
     for (int64_t t = begin; t < end; ++t) {
@@ -25,16 +25,15 @@ void combine_kernel(
         const int64_t row = row_map[t * K + k];
         if (row < 0) continue;
         const compute_t w = weights ? weights[t * K + k] : compute_t(1);
-        const row_t* source = rows + row * H;
+        const scalar_t* source = rows + row * H;
         for (int64_t i = 0; i < H; ++i) sum[i] += w * static_cast<compute_t>(source[i]);
       }
-      for (int64_t i = 0; i < H; ++i) out[t * H + i] = static_cast<out_t>(sum[i]);
+      for (int64_t i = 0; i < H; ++i) out[t * H + i] = static_cast<scalar_t>(sum[i]);
     }
   });
 }
 
-// rows and out differ in dtype where rows are still unrounded sums. weights: contiguous, in the
-// compute dtype, or undefined.
+// weights: contiguous, in the compute dtype, or undefined.
 inline void combine(
     const at::Tensor& rows_, const at::Tensor& row_map_, const at::Tensor& weights,
     const at::Tensor& out) {
@@ -42,16 +41,10 @@ inline void combine(
   const at::Tensor row_map = row_map_.contiguous();
   MOE_DISPATCH_FLOAT(out.scalar_type(), "combine", [&] {
     using compute_t = at::opmath_type<scalar_t>;
-    const auto run = [&](const auto* row_data) {
-      combine_kernel<std::remove_cv_t<std::remove_pointer_t<decltype(row_data)>>, scalar_t>(
-          row_data, row_map.const_data_ptr<int32_t>(), data_or_null<compute_t>(weights),
-          row_map.size(0), row_map.size(1), rows.size(1), out.mutable_data_ptr<scalar_t>());
-    };
-    if (rows.scalar_type() == out.scalar_type()) {
-      run(rows.const_data_ptr<scalar_t>());
-    } else {
-      run(rows.const_data_ptr<compute_t>());
-    }
+    combine_kernel<scalar_t, compute_t>(
+        rows.const_data_ptr<scalar_t>(), row_map.const_data_ptr<int32_t>(),
+        data_or_null<compute_t>(weights), row_map.size(0), row_map.size(1), rows.size(1),
+        out.mutable_data_ptr<scalar_t>());
   });
 }
 

@@ -4,7 +4,8 @@
 //   topk_weights  [T, K]  float, any of the supported dtypes
 //   topk_ids      [T, K]  int64 or int32; -1 or >= E marks a skipped slot
 //   weights               as for expert_ffn
-//   out           [T, H]  tokens' dtype; summed in fp32 (fp64), k ascending, rounded once
+//   out           [T, H]  tokens' dtype; summed in fp32 (fp64) in an order that shapes and routing
+//                         fix (on the CPU, by expert), rounded once
 //   hidden, row_map, expert_offsets  what backward needs: expert_ffn.h, permute.h
 #pragma once
 
