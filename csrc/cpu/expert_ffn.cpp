@@ -1,7 +1,6 @@
 #include "cpu/expert_ffn.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -169,6 +168,7 @@ void expert_ffn_backward(
       activation, rows_of(tokens, rows.token_data()), recompute ? hidden : at::Tensor(), {});
   if (recompute) phases.push_back({up_job(kernels, up, chunks)});
 
+  const kernels::Weights back_to_hidden = transposed(weights_of(experts.down_proj));
   const kernels::GradHiddenArgs back{
       experts.H,
       experts.I,
@@ -176,16 +176,14 @@ void expert_ffn_backward(
       activation,
       gated,
       rows_of(grad_out, rows.token_data()),
-      transposed(weights_of(experts.down_proj)),
+      back_to_hidden,
       bias_of(experts.down_bias),
       any_data_or_null(hidden),
       any_data_or_null(rows.weight),
       mutable_data_or_null(grad_hidden),
       mutable_data_or_null(weighted),
       mutable_data_or_null(parts),
-      count_parts(
-          transposed(weights_of(experts.down_proj)), experts.I, tokens.element_size(),
-          rows_per_expert)};
+      count_parts(back_to_hidden, experts.I, tokens.element_size(), rows_per_expert)};
   if (wants_hidden) phases.push_back({grad_hidden_job(kernels, back, chunks)});
 
   // All that follows depends on the phases above only.

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cpu/operands.h"
+
 namespace moe_ext::cpu {
 
 using kernels::RowChunk;
@@ -160,6 +162,22 @@ Job column_sum_job(
   return {count * cols, [&kernels, &args, &experts, cols](int64_t piece, bool, void*) {
             kernels.column_sum(args, experts[piece / cols], piece % cols);
           }};
+}
+
+void grouped_product(
+    const at::Tensor& rows, const std::vector<int64_t>& offsets, const kernels::Weights& weights,
+    const at::Tensor& bias, const at::Tensor& out) {
+  const auto& kernels = kernels_for(rows.scalar_type());
+  const int64_t N = out.size(1);
+  const kernels::CombineArgs args{
+      rows.size(1), N,       rows_of(rows),          weights, bias_of(bias),
+      nullptr,      nullptr, out.mutable_data_ptr(), 1};
+  const TokenBlocks blocks(
+      offsets, nullptr, rows.size(0), part_pieces(N, args.parts), kernels.max_chunk_rows);
+  run_phases(
+      {{combine_job(kernels, args, blocks)}},
+      combine_scratch(kernels, blocks, args, rows.scalar_type() == at::kDouble),
+      estimate_nanoseconds(offsets.back() * rows.size(1) * out.size(1), 0));
 }
 
 }  // namespace moe_ext::cpu

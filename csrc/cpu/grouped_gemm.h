@@ -68,4 +68,10 @@ Job column_sum_job(
     const kernels::TypeKernels& kernels, const kernels::ColumnSumArgs& args,
     const std::vector<kernels::RowChunk>& experts);
 
+// out [N, .] = rows [N, K] of each expert times its weights, plus its bias (or undefined); rows
+// past the last expert's are zeros. rows: with_dense_rows.
+void grouped_product(
+    const at::Tensor& rows, const std::vector<int64_t>& offsets, const kernels::Weights& weights,
+    const at::Tensor& bias, const at::Tensor& out);
+
 }  // namespace moe_ext::cpu

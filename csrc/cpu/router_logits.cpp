@@ -10,19 +10,10 @@ namespace {
 
 // The router is a linear layer: one expert, to whom all rows belong.
 
-// out [M, N] = rows [M, K] weights^T, all in the compute dtype.
+// rows [M, K] weights^T, all in the compute dtype.
 at::Tensor product(const at::Tensor& rows, const kernels::Weights& weights, int64_t N) {
   const at::Tensor out = at::empty({rows.size(0), N}, rows.options());
-  const auto& kernels = kernels_for(rows.scalar_type());
-  const kernels::CombineArgs args{
-      rows.size(1), N,       rows_of(rows),          weights, {nullptr, 0},
-      nullptr,      nullptr, out.mutable_data_ptr(), 1};
-  const TokenBlocks blocks(
-      {0, rows.size(0)}, nullptr, rows.size(0), part_pieces(N, args.parts), kernels.max_chunk_rows);
-  run_phases(
-      {{combine_job(kernels, args, blocks)}},
-      combine_scratch(kernels, blocks, args, rows.scalar_type() == at::kDouble),
-      estimate_nanoseconds(rows.numel() * N, 0));
+  grouped_product(rows, {0, rows.size(0)}, weights, {}, out);
   return out;
 }
 

@@ -164,8 +164,8 @@ class Ahead {
 };
 
 // What happens to rows of a product as soon as they are complete and still in the nearest cache:
-// fn(c, first, count), c [count, kPieceCols] the rows from `first` on. Refers to fn, does not own
-// it.
+// fn(c, first, count, part), c [count, kPieceCols] the rows from `first` on, `part` which of
+// several pieces side by side. Refers to fn, does not own it.
 template <class C>
 class Finish {
  public:
