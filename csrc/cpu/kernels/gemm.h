@@ -60,7 +60,7 @@ constexpr int64_t kMaxTerms = 512;      // of a packed block
 constexpr int64_t kMaxWideTerms = 256;  // with several pieces side by side
 constexpr int64_t kMaxGradTerms = 256;  // of a packed block of tokens
 constexpr int64_t kHalf = kPieceCols / 2;
-constexpr int64_t kMaxDotRows = 6;
+constexpr int64_t kMaxDotRows = 32;
 constexpr int64_t kMaxDotCols = 16;
 
 MOE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -198,6 +198,7 @@ struct Gemm {
   static constexpr int kPanelCols = kTileVecs * kLanes;
   static constexpr int kPanelHalf = kPanelCols / 2;
   static constexpr int64_t kMaxRows = kDirect ? 512 : 256;
+  static constexpr int64_t kDotTerms = 64 * kLanes * kTermsPerStep;
 
   static int64_t steps_of(int64_t terms) { return (terms + kTermsPerStep - 1) / kTermsPerStep; }
 
@@ -429,87 +430,131 @@ struct Gemm {
     }
   }
 
-  // Dot products of kRows rows of a (operands) and kCols of b, kParts partial sums for each.
+  // c (+)= dot products of kRows rows of a (operands) and kCols of b, kParts partial sums for each:
+  // few products need several sums each, or every multiply-add would wait for the one before.
   template <int kRows, int kCols, int kParts>
-  static MOE_INLINE void dot_tile(
-      const char* const* a, const S* b, int64_t n_stride, int64_t terms, C* c) {
-    Reg sum[kParts][kRows][kCols] = {};
+  static MOE_NOINLINE void dot_tile(
+      const char* const* a, const S* b, int64_t n_stride, int64_t terms, C* c, bool accumulate,
+      Ahead& ahead) {
     constexpr int64_t kTerms = kLanes * kTermsPerStep;
     constexpr int64_t kBytes = kLanes * sizeof(Operand);
+    constexpr int kFetch = kCols / 2;  // lines ahead in a step
+    constexpr int kSteps = Ahead::kRun / (kFetch > 0 ? kFetch * kParts : 1);
+    typedef C Few __attribute__((vector_size(kCols * sizeof(C))));
+    Reg sum[kParts][kRows][kCols] = {};
     int64_t k = 0, at = 0;
-    for (; k + kParts * kTerms <= terms; k += kParts * kTerms, at += kParts * kBytes) {
+    while (k + kParts * kTerms <= terms) {
+      auto [line, line_step] = kFetch > 0 ? ahead.next() : Ahead::Run{};
+      for (int s = 0; s < kSteps && k + kParts * kTerms <= terms; ++s) {
 #pragma GCC unroll 4
-      for (int p = 0; p < kParts; ++p) {
-        OperandReg x[kRows];
+        for (int p = 0; p < kParts; ++p, k += kTerms, at += kBytes) {
+          OperandReg w[kCols];
+#pragma GCC unroll 4
+          for (int n = 0; n < kCols; ++n) {
+            if (n < kFetch) {
+              __builtin_prefetch(line, 0, 2);
+              line += line_step;
+            }
+            w[n] = load_terms(b + n * n_stride + k, kTerms);
+          }
 #pragma GCC unroll 8
-        for (int m = 0; m < kRows; ++m) x[m] = read_as<OperandReg>(a[m] + at + p * kBytes);
-#pragma GCC unroll 8
-        for (int n = 0; n < kCols; ++n) {
-          const OperandReg w = load_terms(b + n * n_stride + k + p * kTerms, kTerms);
-#pragma GCC unroll 8
-          for (int m = 0; m < kRows; ++m) sum[p][m][n] = multiply_add(x[m], w, sum[p][m][n]);
+          for (int m = 0; m < kRows; ++m) {
+            const OperandReg x = read_as<OperandReg>(a[m] + at);
+#pragma GCC unroll 4
+            for (int n = 0; n < kCols; ++n) sum[p][m][n] = multiply_add(x, w[n], sum[p][m][n]);
+          }
         }
       }
     }
     for (; k < terms; k += kTerms, at += kBytes) {
       const int64_t left = smaller(terms - k, kTerms);
+#pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
         Operand rest[kLanes] = {};
         __builtin_memcpy(rest, a[m] + at, left * (sizeof(Operand) / kTermsPerStep));
         const OperandReg x = read_as<OperandReg>(rest);
+#pragma GCC unroll 4
         for (int n = 0; n < kCols; ++n) {
           sum[0][m][n] = multiply_add(x, load_terms(b + n * n_stride + k, left), sum[0][m][n]);
         }
       }
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 2
-      for (int n = 0; n < kCols; ++n) {
+    for (int m = 0; m < kRows; ++m, c += kPieceCols) {
 #pragma GCC unroll 4
-        for (int p = 1; p < kParts; ++p) sum[0][m][n] += sum[p][m][n];
-        c[m * kPieceCols + n] = kernels::sum(V(sum[0][m][n]));
+      for (int p = 1; p < kParts; ++p) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kCols; ++n) sum[0][m][n] += sum[p][m][n];
       }
+      Few sums = first_lanes<Few>(lane_sums(sum[0][m]));
+      if (accumulate) sums += read_as<Few>(c);
+      __builtin_memcpy(c, &sums, sizeof(Few));
     }
   }
-  // All rows with kCols of b, in tiles of 8, 4, 2 and 1; few rows need several sums each, or every
-  // multiply-add would wait for the one before.
-  template <int kCols, int kRows = 8>
-  static MOE_INLINE void dot_rows(
-      const char* const* a, int64_t rows, const S* b, int64_t n_stride, int64_t terms, C* c) {
-    constexpr int kParts = kRows * kCols >= 4 ? 1 : 4 / (kRows * kCols);
-    for (; rows >= kRows; rows -= kRows, a += kRows, c += kRows * kPieceCols) {
-      dot_tile<kRows, kCols, kParts>(a, b, n_stride, terms, c);
-    }
-    if constexpr (kRows > 1) {
-      if (rows > 0) dot_rows<kCols, kRows / 2>(a, rows, b, n_stride, terms, c);
-    }
-  }
-  // One row of b after the other reads memory in one stream, which is fastest where reading is what
-  // takes the time; two at once need fewer loads of a.
-  static void dots(const char* const* a, int64_t rows, const Columns<S>& b, int64_t terms, C* c) {
-    constexpr int64_t kStreamRows = 8;
-    for (int half = 0; half < 2; ++half) {
-      C* to = c + half * kHalf;
+  // All columns of b with kRows rows of a.
+  template <int kRows>
+  static void dot_strip(
+      const char* const* a, const Columns<S>& b, int64_t first, int64_t terms, bool stream, C* c,
+      Ahead& ahead) {
+    constexpr int kParts = kRows >= 4 ? 1 : 4 / kRows;
+    for (int half = 0; half < 2; ++half, c += kHalf) {
+      const S* data = b.data[half] + first;
+      const auto col = [&](int64_t n) { return data + n * b.n_stride; };
       int64_t n = 0;
-      const S* data = b.data[half];
-      if (rows > kStreamRows) {
-        for (; n + 2 <= b.count[half]; n += 2) {
-          dot_rows<2>(a, rows, data + n * b.n_stride, b.n_stride, terms, to + n);
-        }
+      for (; !stream && n + kTileVecs <= b.count[half]; n += kTileVecs) {
+        dot_tile<kRows, kTileVecs, 1>(a, col(n), b.n_stride, terms, c + n, first > 0, ahead);
       }
       for (; n < b.count[half]; ++n) {
-        dot_rows<1>(a, rows, data + n * b.n_stride, b.n_stride, terms, to + n);
+        dot_tile<kRows, 1, kParts>(a, col(n), b.n_stride, terms, c + n, first > 0, ahead);
       }
+    }
+  }
+  // Two at least, so that one pass over b leaves time to fetch the next.
+  static int64_t strips_of(int64_t rows) {
+    return larger((rows + kTileRows - 1) / kTileRows, smaller(rows, 2));
+  }
+  // c (+)= dot products of all rows and columns over the terms [first, first + terms), which a
+  // begins with, in `strips` strips of kRows or fewer rows, as even as can be. `stream`: one column
+  // at a time, so that b is read from memory in one stream.
+  template <int kRows = kTileRows>
+  static void dots(
+      const char* const* a, int64_t rows, int64_t strips, const Columns<S>& b, int64_t first,
+      int64_t terms, bool stream, C* c, Ahead& ahead) {
+    for (; rows > (kRows - 1) * strips; --strips, rows -= kRows, a += kRows) {
+      dot_strip<kRows>(a, b, first, terms, stream, c, ahead);
+      c += kRows * kPieceCols;
+    }
+    if constexpr (kRows > 1) {
+      if (rows > 0) dots<kRows - 1>(a, rows, strips, b, first, terms, stream, c, ahead);
     }
   }
 
   static int64_t scratch_bytes(int64_t rows, int64_t terms, int64_t parts) {
     const int64_t block = smaller(terms, kMaxTerms);
-    const int64_t widened = larger(rows * block, smaller(rows, kMaxDotRows) * terms);
+    const int64_t dot_rows = smaller(rows, kMaxDotRows) * row_pitch(smaller(terms, kDotTerms));
+    const int64_t packed_rows = kDirect ? 0 : rows * row_pitch(block);
+    const int64_t copied = larger(larger(dot_rows, packed_rows), row_pitch(terms));
     return Scratch::bytes<C>(parts * rows * kPieceCols) +
-           Scratch::bytes<Operand>(steps_of(block) * kPanelCols) +
-           (kDirect ? 0 : Scratch::bytes<Operand>(widened));
+           Scratch::bytes<Operand>(steps_of(block) * kPanelCols) + Scratch::bytes<char>(copied);
+  }
+
+  // Bytes of a copied row of a: whole vectors, and never rows at equal places of a page, which
+  // would drive each other out of the nearest cache.
+  static int64_t row_pitch(int64_t terms) {
+    const int64_t bytes = steps_of(terms) * static_cast<int64_t>(sizeof(Operand));
+    return (bytes + MOE_VECTOR_BYTES - 1) / MOE_VECTOR_BYTES * MOE_VECTOR_BYTES + 64;
+  }
+
+  // Terms [first, first + count) of a row as operands.
+  static void copy_row(const S* a, int64_t count, char* to) {
+    if constexpr (kDirect) {
+      __builtin_memcpy(to, a, count * sizeof(S));
+    } else {
+      Operand* out = reinterpret_cast<Operand*>(to);
+      for (int64_t k = 0; k < count; k += kLanes) {
+        store(out + k, load<V>(a + k, count - k), count - k);
+      }
+    }
   }
 
   // For each of `parts` pieces side by side: c [rows, kPieceCols] = rows of a times b[part], over
@@ -520,47 +565,51 @@ struct Gemm {
       const Columns<S>* next, void* scratch_buffer, const Finish<C>& finish) {
     const bool dot =
         b->k_stride == 1 && (rows <= kMaxDotRows || (kDirect && b->size() <= kMaxDotCols));
-    const int64_t block = dot ? terms : smaller(terms, parts > 1 ? kMaxWideTerms : kMaxTerms);
+    const bool stream = dot && rows == 1;
+    const bool copies = !kDirect || (dot && !stream && rows <= kMaxDotRows);
+    const int64_t block = smaller(
+        terms, stream      ? terms
+               : dot       ? kDotTerms
+               : parts > 1 ? kMaxWideTerms
+                           : kMaxTerms);
     Scratch scratch(scratch_buffer);
     C* c = scratch.take<C>(parts * rows * kPieceCols);
     Operand* panel = dot ? nullptr : scratch.take<Operand>(steps_of(block) * kPanelCols);
-    Operand* widened = kDirect ? nullptr : scratch.take<Operand>(rows * block);
+    char* copied = copies ? scratch.take<char>(rows * row_pitch(block)) : nullptr;
     const char* row[kMaxRows];
     for (int64_t first = 0; first < terms; first += block) {
       const int64_t count = smaller(terms - first, block);
       for (int64_t m = 0; m < rows; ++m) {
-        if constexpr (kDirect) {
-          row[m] = reinterpret_cast<const char*>(a[m] + first);
-        } else {
-          Operand* to = widened + m * block;
-          for (int64_t k = 0; k < count; k += kLanes) {
-            store(to + k, load<V>(a[m] + first + k, count - k), count - k);
-          }
-          row[m] = reinterpret_cast<const char*>(to);
+        row[m] = reinterpret_cast<const char*>(a[m] + first);
+        if (copies) {
+          char* to = copied + m * row_pitch(block);
+          copy_row(a[m] + first, count, to);
+          row[m] = to;
         }
       }
-      Ahead ahead(reinterpret_cast<const char*>(panel));
+      Ahead ahead(reinterpret_cast<const char*>(c));
       const bool last = first + count == terms;
-      if (!dot && !last) {
-        fetch_block(b, parts, first + count, smaller(terms - first - count, block), rows, ahead);
-      } else if (!dot && next) {
-        fetch_block(next, parts, 0, block, rows, ahead);
+      const int64_t row_bytes = count * static_cast<int64_t>(sizeof(Operand)) / kTermsPerStep;
+      if (!stream && !(last && !next)) {
+        const int64_t coming = last ? smaller(terms, block) : smaller(terms - first - count, block);
+        fetch_block(
+            last ? next : b, parts, last ? 0 : first + count, coming,
+            parts * (dot ? dot_calls(rows, count) : tile_calls(rows, count, row_bytes)), ahead);
       }
       for (int64_t part = 0; part < parts; ++part) {
         C* c_part = c + part * rows * kPieceCols;
         if (dot) {
-          dots(row, rows, b[part], count, c_part);
-          finish(c_part, 0, rows, part);
+          dots(row, rows, strips_of(rows), b[part], first, count, stream, c_part, ahead);
+          if (last) finish(c_part, 0, rows, part);
           continue;
         }
         const int64_t panels = panels_of(b[part]);
         for (int64_t p = 0; p < panels; ++p) {
           pack_panel(b[part], p, first, count, panel);
           tiles(
-              0, rows, steps_of(count), kPairs && count % 2, row, sizeof(Operand),
-              count * static_cast<int64_t>(sizeof(Operand)) / kTermsPerStep, panel, c_part,
-              p * kPanelHalf, first > 0, ahead, last && p + 1 == panels ? finish : Finish<C>(),
-              part);
+              0, rows, steps_of(count), kPairs && count % 2, row, sizeof(Operand), row_bytes, panel,
+              c_part, p * kPanelHalf, first > 0, ahead,
+              last && p + 1 == panels ? finish : Finish<C>(), part);
         }
       }
     }
@@ -633,9 +682,21 @@ struct Gemm {
   }
 
  private:
-  // Names the block of `terms` terms of b from `first` on.
+  // Calls of Ahead::next while a whole piece is computed, without those that the rows take.
+  static int64_t calls_for(int64_t lines) { return (lines + Ahead::kRun - 1) / Ahead::kRun; }
+  static int64_t tile_calls(int64_t rows, int64_t terms, int64_t row_bytes) {
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    return kHalf / kPanelHalf *
+           (tiles * calls_for(steps_of(terms)) - rows * calls_for((row_bytes + 63) / 64));
+  }
+  static int64_t dot_calls(int64_t rows, int64_t terms) {
+    const int64_t vectors = terms / (kLanes * kTermsPerStep);
+    return strips_of(rows) * (kPieceCols / kTileVecs) * calls_for(vectors * kTileVecs / 2);
+  }
+
+  // Names the block of `terms` terms of b from `first` on, to be fetched in `calls` calls.
   static void fetch_block(
-      const Columns<S>* b, int64_t parts, int64_t first, int64_t terms, int64_t rows,
+      const Columns<S>* b, int64_t parts, int64_t first, int64_t terms, int64_t calls,
       Ahead& ahead) {
     constexpr int64_t kElement = sizeof(S);
     constexpr int64_t kBytes = 64 * Ahead::kRun;
@@ -655,11 +716,7 @@ struct Gemm {
         runs[half] = {at, width, 64, row_runs, Ahead::kRun * step, step};
       }
     }
-    constexpr int64_t kPanels = kHalf / kPanelHalf;
-    const int64_t calls = (steps_of(terms) + Ahead::kRun - 1) / Ahead::kRun;
-    const int64_t row_calls = (terms * kElement + kBytes - 1) / kBytes;
-    ahead.set_block(
-        runs, parts * kPanels * ((rows + kTileRows - 1) / kTileRows * calls - rows * row_calls));
+    ahead.set_block(runs, calls);
   }
 };
 

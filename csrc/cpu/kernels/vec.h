@@ -315,6 +315,32 @@ MOE_INLINE void transpose(Reg (&rows)[kLanes]) {
   transpose_round<1>(rows);
 }
 
+template <class Few, class Reg>
+MOE_INLINE Few first_lanes(Reg x) {
+  Few few;
+  __builtin_memcpy(&few, &x, sizeof(few));
+  return few;
+}
+
+// Lane i is the sum of all lanes of x[i], for i < kCount, a power of two.
+template <int Step = 1, class Reg, int kCount>
+MOE_INLINE Reg lane_sums(const Reg (&x)[kCount]) {
+  constexpr int kLanes = sizeof(Reg) / sizeof(x[0][0]);
+  constexpr auto kLane = std::make_integer_sequence<int, kLanes>();
+  if constexpr (Step == kLanes) {
+    return x[0];
+  } else {
+    Reg sum[(kCount + 1) / 2];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; i += 2) {
+      const Reg& other = x[kCount > 1 ? i + 1 : i];
+      sum[i / 2] =
+          exchange<Step, false>(x[i], other, kLane) + exchange<Step, true>(x[i], other, kLane);
+    }
+    return lane_sums<Step * 2>(sum);
+  }
+}
+
 #if defined(MOE_AVX512)
 // 16 x 16: squares of 4 x 4 within the 128-bit lanes, then the lanes. Every shuffle here is one
 // instruction; the general form above needs index registers.
