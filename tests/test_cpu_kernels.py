@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from conftest import DTYPES, ROUTINGS, check_against_reference, leaf, make_experts, make_ids
+from conftest import (
+    DTYPES,
+    ROUTINGS,
+    assert_close,
+    check_against_reference,
+    leaf,
+    make_experts,
+    make_ids,
+)
 
 import moe_ext
 from moe_ext import reference
@@ -12,6 +20,7 @@ ISAS = ["generic", "avx2", "avx512", "avx512_bf16"]  # each needs the ones befor
 SHAPES = [  # T, H, I, E, K, routing
     (1, 1, 1, 1, 1, "random"),
     (3, 70, 34, 5, 2, "random"),  # few rows: dot products
+    (31, 2100, 37, 3, 1, "random"),  # dot products in strips, over several blocks of terms
     (90, 701, 37, 2, 1, "random"),  # more terms than a packed block, an odd number of them
     (1100, 24, 40, 2, 1, "one_expert"),  # more rows than a chunk, more tokens than a block
     (70, 33, 130, 3, 2, "skipped"),
@@ -127,6 +136,63 @@ def test_weights_in_any_layout(isa, dtype):
             out = moe_ext.moe_ffn(**{**inputs, name: other})
             error = (out - expected).abs().max() / expected.abs().max()
             assert error <= 2 * torch.finfo(dtype).eps, (name, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("score_function", list(reference.SCORE_FUNCTIONS))
+@pytest.mark.parametrize("E,K,groups", [(1, 1, 1), (7, 2, 1), (40, 8, 1), (130, 9, 1), (48, 6, 8)])
+def test_router(isa, dtype, score_function, E, K, groups):
+    options = {"score_function": score_function}
+    if groups > 1:
+        options |= {"num_groups": groups, "topk_groups": 3, "expert_bias": torch.rand(E)}
+    logits = leaf(torch.randn(90, E).mul(2).to(dtype))
+    wide = leaf(logits.double())
+    weights, ids, probs = moe_ext.topk_router(logits, K, **options)
+    expected = reference.topk_router(wide, K, **options)
+    same = (ids == expected[1]).all(1)
+    # Rounded logits can be equal, and keys in fp32 closer than their rounding.
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    assert same.all() if dtype == torch.float64 else same.float().mean() > 0.9
+    losses = torch.stack([moe_ext.load_balancing_loss(probs, ids), moe_ext.router_z_loss(logits)])
+    expected_losses = torch.stack(
+        [reference.load_balancing_loss(expected[2], ids), reference.router_z_loss(wide)]
+    )
+    assert_close(weights[same], expected[0][same], compute)
+    assert_close(probs, expected[2], compute)
+    assert_close(losses, expected_losses, compute)
+    grads = [torch.randn_like(weights) * same[:, None], torch.randn_like(probs), torch.randn(2)]
+    torch.autograd.backward([weights, probs, losses], [g.to(compute) for g in grads])
+    torch.autograd.backward([*expected[::2], expected_losses], [g.double() for g in grads])
+    assert_close(logits.grad, wide.grad, dtype, scale=2)
+
+
+def test_choice_of_extreme_logits(isa):
+    """Infinite and NaN logits, and ties, at every place of a vector."""
+    values = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 1.0, 1.0, -2.0])
+    for E in (5, 16, 19, 40):
+        logits = values[torch.randint(len(values), (200, E))]
+        order = torch.where(logits.isnan(), -float("inf"), logits)
+        expected = torch.stack(
+            [
+                # larger first, NaN after -inf, then lower ids
+                torch.tensor(sorted(range(E), key=lambda e: (n[e].item(), -o[e].item(), e))[:5])
+                for n, o in zip(logits.isnan(), order, strict=True)
+            ]
+        )
+        weights, ids, _ = moe_ext.topk_router(logits, 5)
+        assert torch.equal(ids, expected)
+        assert weights[logits.isnan().any(1)].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unpermute(isa, dtype):
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    for H in (1, 31, 130):
+        tokens, ids = torch.randn(50, H).to(dtype), make_ids("skipped", 50, 3, 6)
+        rows, row_map, _ = moe_ext.permute(tokens, ids, 6)
+        inputs = {"rows": rows, "row_map": row_map}
+        inputs["topk_weights"] = torch.rand(50, 3, dtype=compute)
+        check_against_reference(moe_ext.unpermute, reference.unpermute, inputs, dtype)
 
 
 def train_step(inputs, **options):

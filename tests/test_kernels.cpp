@@ -377,6 +377,150 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
   }
 }
 
+// Routing of T tokens: choice, weights and their gradient, and the losses.
+void test_router(Type type, int64_t T, int64_t E, int64_t K, int64_t groups) {
+  std::mt19937 random(2);
+  const RouterKernels& kernels = current().router[type == Type::kF64 ? 0 : 1];
+  const int64_t topk_groups = (groups + 1) / 2;
+  for (const auto score : {moe_ext::ScoreFunction::kSoftmax, moe_ext::ScoreFunction::kSigmoid}) {
+    const bool softmax = score == moe_ext::ScoreFunction::kSoftmax;
+    const std::string name = "router type " + std::to_string(static_cast<int>(type)) + " E " +
+                             std::to_string(E) + " K " + std::to_string(K) +
+                             (softmax ? " softmax" : " sigmoid");
+    Buffer logits(type, T * E, random, 1), bias(type, E, random, 0.1);
+    Buffer weights(type, T * K), probs(type, T * E), grad_logits(type, T * E);
+    Buffer grad_weights(type, T * K, random, 1), grad_probs(type, T * E, random, 1);
+    std::vector<int64_t> ids(T * K);
+    const RouterArgs args{E, K, score, true, 2.0, logits.data()};
+    const ChoiceArgs choice{groups > 1 ? bias.data() : nullptr, groups, topk_groups};
+    const int64_t scratch = kernels.scratch_bytes(E, K);
+    run(T, scratch, [&](int64_t t, void* s) {
+      kernels.choose(args, choice, t, t + 1, ids.data(), s);
+      kernels.weights(args, ids.data(), t, t + 1, weights.data(), probs.data());
+      kernels.backward(
+          args, ids.data(), grad_weights.data(), grad_probs.data(), t, t + 1, grad_logits.data(),
+          s);
+    });
+    std::vector<double> expected_weights(T * K), expected_probs(T * E), expected_grad(T * E);
+    double expected_squares = 0, expected_dots = 0;
+    for (int64_t t = 0; t < T; ++t) {
+      const double* z = &logits.values[t * E];
+      const auto value = [&](int64_t e) {
+        return softmax ? std::exp(z[e]) : 1 / (1 + std::exp(-z[e]));
+      };
+      double all = 0, chosen = 0, exps = 0, mean_probs = 0, mean_weights = 0;
+      for (int64_t e = 0; e < E; ++e) {
+        all += value(e);
+        exps += std::exp(z[e]);
+      }
+      expected_squares += std::log(exps) * std::log(exps);
+      for (int64_t k = 0; k < K; ++k) chosen += value(ids[t * K + k]);
+      for (int64_t e = 0; e < E; ++e) {
+        expected_probs[t * E + e] = value(e) / all;
+        expected_dots += value(e) / all * bias.values[e];
+        mean_probs += value(e) / all * grad_probs.values[t * E + e];
+      }
+      for (int64_t k = 0; k < K; ++k) {
+        expected_weights[t * K + k] = 2 * value(ids[t * K + k]) / chosen;
+        mean_weights += value(ids[t * K + k]) / chosen * grad_weights.values[t * K + k];
+      }
+      // d value / dz: value itself, or value (1 - value).
+      const auto slope = [&](int64_t e) { return value(e) * (softmax ? 1 : 1 - value(e)); };
+      for (int64_t e = 0; e < E; ++e) {
+        expected_grad[t * E + e] = slope(e) / all * (grad_probs.values[t * E + e] - mean_probs);
+      }
+      for (int64_t k = 0; k < K; ++k) {
+        const int64_t e = ids[t * K + k];
+        expected_grad[t * E + e] +=
+            2 * slope(e) / chosen * (grad_weights.values[t * K + k] - mean_weights);
+      }
+      // Within the groups in use no expert is better than the last that is chosen.
+      const auto key = [&](int64_t e) {
+        return groups > 1 ? (softmax ? value(e) / all : value(e)) + bias.values[e] : z[e];
+      };
+      for (int64_t k = 1; groups == 1 && k < K; ++k) {
+        if (key(ids[t * K + k - 1]) < key(ids[t * K + k])) failures += 1;
+      }
+      int64_t better = 0;
+      for (int64_t e = 0; e < E; ++e) better += key(e) > key(ids[t * K + K - 1]) + 1e-5;
+      if (groups == 1 && better > K - 1) {
+        std::printf("FAILED %s %s: token %d\n", current().isa, name.c_str(), static_cast<int>(t));
+        ++failures;
+      }
+    }
+    check(name + " weights", type, weights, expected_weights);
+    check(name + " probs", type, probs, expected_probs);
+    check(name + " grad", type, grad_logits, expected_grad);
+
+    std::unique_ptr<bool[]> mask(new bool[T]);
+    std::fill_n(mask.get(), T, true);
+    std::vector<char> buffer(scratch);
+    Buffer losses(Type::kF64, 2), grad_z(type, T * E);
+    const double sums[] = {
+        kernels.z_loss(logits.data(), E, mask.get(), 0, T, buffer.data()),
+        kernels.sum_dots(probs.data(), bias.data(), E, nullptr, 0, T)};
+    std::memcpy(losses.data(), sums, sizeof(sums));
+    losses.read();
+    const double largest = std::max(expected_squares, std::fabs(expected_dots));
+    if (std::fabs(losses.values[0] - expected_squares) > 1e-5 * largest ||
+        std::fabs(losses.values[1] - expected_dots) > 1e-5 * largest) {
+      std::printf("FAILED %s %s: losses\n", current().isa, name.c_str());
+      ++failures;
+    }
+    mask[T - 1] = false;
+    kernels.z_loss_backward(logits.data(), E, mask.get(), 0.5, 0, T, grad_z.data());
+    std::vector<double> expected_z(T * E);
+    for (int64_t t = 0; t + 1 < T; ++t) {
+      double exps = 0;
+      for (int64_t e = 0; e < E; ++e) exps += std::exp(logits.values[t * E + e]);
+      for (int64_t e = 0; e < E; ++e) {
+        expected_z[t * E + e] = std::log(exps) * std::exp(logits.values[t * E + e]) / exps;
+      }
+    }
+    check(name + " z loss", type, grad_z, expected_z);
+  }
+}
+
+// Rows of tokens back to their tokens; the last slot is skipped and one row belongs to none.
+void test_unpermute(Type type, int64_t T, int64_t K, int64_t H) {
+  std::mt19937 random(3);
+  const TypeKernels& kernels = current().type[static_cast<int>(type)];
+  const Type compute = type == Type::kF64 ? Type::kF64 : Type::kF32;
+  const int64_t N = T * K;
+  std::vector<int32_t> row_map(N), slot_of_row(N);
+  for (int64_t slot = 0; slot < N; ++slot) row_map[slot] = static_cast<int32_t>(N - 1 - slot);
+  row_map[N - 1] = -1;
+  for (int64_t r = 0; r < N; ++r) slot_of_row[r] = r == 0 ? -1 : static_cast<int32_t>(N - 1 - r);
+  Buffer rows(type, N * H, random, 1), weights(compute, N, random, 1), out(type, T * H);
+  Buffer grad(type, T * H, random, 1), grad_rows(type, N * H), grad_weights(compute, N);
+  const UnpermuteArgs args{K, H, rows.data(), row_map.data(), weights.data(), out.data()};
+  const UnpermuteGradArgs grad_args{
+      K,
+      H,
+      grad.data(),
+      rows.data(),
+      slot_of_row.data(),
+      weights.data(),
+      grad_rows.data(),
+      grad_weights.data()};
+  run(T, 0, [&](int64_t t, void*) { kernels.unpermute(args, t, t + 1); });
+  run(N, 0, [&](int64_t r, void*) { kernels.unpermute_backward(grad_args, r, r + 1); });
+  std::vector<double> expected(T * H), expected_rows(N * H), expected_weights(N);
+  for (int64_t slot = 0; slot + 1 < N; ++slot) {
+    const int64_t r = row_map[slot], t = slot / K;
+    for (int64_t h = 0; h < H; ++h) {
+      expected[t * H + h] += weights.values[slot] * rows.values[r * H + h];
+      expected_rows[r * H + h] = weights.values[slot] * grad.values[t * H + h];
+      expected_weights[slot] += grad.values[t * H + h] * rows.values[r * H + h];
+    }
+  }
+  const std::string name =
+      "unpermute type " + std::to_string(static_cast<int>(type)) + " H " + std::to_string(H);
+  check(name, type, out, expected);
+  check(name + " grad_rows", type, grad_rows, expected_rows);
+  check(name + " grad_weights", compute, grad_weights, expected_weights);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -395,7 +539,19 @@ int main(int argc, char** argv) {
         test_layer(type, 23, 601, 65, transposed);
         test_layer(type, 520, 17, 129, transposed);
         test_layer(type, 24, 64, 320, transposed);
+        test_layer(type, 2, 2100, 5, transposed);
+        test_layer(type, 13, 2100, 37, transposed);
       }
+      test_unpermute(type, 5, 3, 1);
+      test_unpermute(type, 9, 2, 77);
+    }
+    for (const Type type : {Type::kF64, Type::kF32}) {
+      test_router(type, 3, 2, 1, 1);
+      test_router(type, 9, 7, 2, 1);
+      test_router(type, 9, 40, 8, 1);
+      test_router(type, 9, 300, 21, 1);
+      test_router(type, 9, 35, 4, 7);
+      test_router(type, 9, 64, 8, 8);
     }
     std::printf("%s: done\n", isa);
   }

@@ -4,9 +4,16 @@
 //   probs   P [E]     what the balance losses see; sums to 1
 //   weights w [K]     c * score of the choice, normalized over the valid choices if `renormalize`
 //
-// `key` is what the choice ranks by where a bias or groups are used; without them it is the logit,
-// which has the same order and no rounding. An id may occur twice in a row: its gradients add up.
-// A NaN anywhere in z makes every weight of the row NaN, so that a loss scaler sees it.
+// `keys` are what the choice ranks by where a bias or groups are used; without them it is the
+// logits, which have the same order and no rounding. An id may occur twice in a row: its gradients
+// add up. A NaN anywhere in z makes every weight of the row NaN, so that a loss scaler sees it.
+//
+// How a row is walked, several numbers at a time, is up to `Row`:
+//   Row::Scalar, Row::V            a number, and a vector of them
+//   Row::each(n, fn)               fn(at) for all places of a row of n; at(p) reads the place of p,
+//                                  at.set(p, v) writes it
+//   Row::sum(n, fn)                the sum of fn(at) over the row
+//   Row::max_or_nan(z, n)          the largest number, or NaN if there is one
 //
 // To add one: a struct here, its name in ops/score_function.h, one line in moe_ext/reference.py.
 #pragma once
@@ -18,83 +25,79 @@
 
 namespace moe_ext {
 
-MOE_HOST_DEVICE bool is_valid(int64_t id, int64_t num_experts) {
+enum class ScoreFunction { kSoftmax, kSigmoid };
+
+static MOE_HOST_DEVICE bool is_valid(int64_t id, int64_t num_experts) {
   return id >= 0 && id < num_experts;
 }
 
+// p = exp(z - top), top the row's largest number; sum that of p.
 template <class T>
-MOE_HOST_DEVICE bool has_nan(const T* z, int64_t n) {
-  bool found = false;
-  for (int64_t e = 0; e < n; ++e) found |= z[e] != z[e];
-  return found;
+struct ExpSum {
+  T top, sum;
+};
+template <class Row, class T = typename Row::Scalar>
+MOE_HOST_DEVICE ExpSum<T> exp_row(const T* z, int64_t n, T* p) {
+  using V = typename Row::V;
+  const T top = Row::max_or_nan(z, n);
+  const T sum = Row::sum(n, [&](auto at) {
+    const V y = exp(at(z) - V(top));
+    at.set(p, y);
+    return y;
+  });
+  return {top, sum};
 }
 
-template <class T>
-MOE_HOST_DEVICE T max_or_nan(const T* z, int64_t n) {
-  T top = z[0];
-  for (int64_t e = 1; e < n; ++e) top = z[e] > top || z[e] != z[e] ? z[e] : top;
-  return top;
-}
-
-// log(sum_e exp(z_e)) of a row.
-template <class T>
-MOE_HOST_DEVICE T log_sum_exp(const T* z, int64_t n) {
-  const T top = max_or_nan(z, n);
-  if (std::isinf(top)) return top;
-  T sum = 0;
-  for (int64_t e = 0; e < n; ++e) sum += std::exp(z[e] - top);
-  return top + std::log(sum);
-}
-
-template <class T>
+template <class Row, class T = typename Row::Scalar>
 MOE_HOST_DEVICE void softmax(const T* z, int64_t n, T* p) {
-  const T top = max_or_nan(z, n);
-  T sum = 0;
-  for (int64_t e = 0; e < n; ++e) sum += p[e] = std::exp(z[e] - top);
-  for (int64_t e = 0; e < n; ++e) p[e] /= sum;
+  const typename Row::V sum(exp_row<Row>(z, n, p).sum);
+  Row::each(n, [&](auto at) { at.set(p, at(p) / sum); });
+}
+
+template <class T>
+MOE_HOST_DEVICE T log_sum_exp(ExpSum<T> row) {
+  if (row.top - row.top != T(0)) return row.top;  // infinite or NaN
+  return row.top + static_cast<T>(::log(static_cast<double>(row.sum)));
+}
+
+// The logits of the choices; -inf, whose score is 0, for those that are not valid.
+template <class Row, class T = typename Row::Scalar>
+MOE_HOST_DEVICE void gather_choices(const T* z, int64_t E, const int64_t* ids, int64_t K, T* y) {
+  for (int64_t k = 0; k < K; ++k) y[k] = is_valid(ids[k], E) ? z[ids[k]] : T(-INFINITY);
 }
 
 // y_k = softmax of z over the valid choices, 0 elsewhere (all zeros if none is valid). Taken from
 // the logits, not from the probabilities, which can all underflow when a bias or groups choose.
-template <class T, class Id>
-MOE_HOST_DEVICE void softmax_of_choices(const T* z, int64_t E, const Id* ids, int64_t K, T* y) {
-  bool any = false;
-  T top = 0;
+template <class Row, class T = typename Row::Scalar>
+MOE_HOST_DEVICE void softmax_of_choices(
+    const T* z, int64_t E, const int64_t* ids, int64_t K, T* y) {
+  gather_choices<Row>(z, E, ids, K, y);
+  softmax<Row>(y, K, y);
   for (int64_t k = 0; k < K; ++k) {
-    if (!is_valid(ids[k], E)) continue;
-    const T v = z[ids[k]];
-    top = !any || v > top || v != v ? v : top;
-    any = true;
-  }
-  T sum = 0;
-  for (int64_t k = 0; k < K; ++k) {
-    y[k] = is_valid(ids[k], E) ? std::exp(z[ids[k]] - top) : T(0);
-    sum += y[k];
-  }
-  if (any) {
-    for (int64_t k = 0; k < K; ++k) y[k] /= sum;
+    if (!is_valid(ids[k], E)) y[k] = 0;
   }
 }
 
 struct Softmax {
-  template <class T>
+  template <class Row, class T = typename Row::Scalar>
   static MOE_HOST_DEVICE void probs(const T* z, int64_t E, T* P) {
-    softmax(z, E, P);
+    softmax<Row>(z, E, P);
   }
 
-  template <class T>
-  static MOE_HOST_DEVICE T key(T, T prob) {
-    return prob;
+  template <class Row, class T = typename Row::Scalar>
+  static MOE_HOST_DEVICE void keys(const T* z, int64_t E, T* keys) {
+    softmax<Row>(z, E, keys);
   }
 
   // DeepSeek-V2 ranks a group by its best expert.
   static constexpr int kGroupTop = 1;
 
-  template <class T, class Id>
+  template <class Row, class T = typename Row::Scalar>
   static MOE_HOST_DEVICE void weights(
-      const T* z, const T* P, int64_t E, const Id* ids, int64_t K, bool renormalize, T c, T* w) {
+      const T* z, const T* P, int64_t E, const int64_t* ids, int64_t K, bool renormalize, T c,
+      T* w) {
     if (renormalize) {
-      softmax_of_choices(z, E, ids, K, w);
+      softmax_of_choices<Row>(z, E, ids, K, w);
     } else {
       for (int64_t k = 0; k < K; ++k) w[k] = is_valid(ids[k], E) ? P[ids[k]] : T(0);
     }
@@ -102,25 +105,25 @@ struct Softmax {
   }
 
   // dz [E] is written. ds [K] and dP [E] may be null: no gradient. work holds E + K numbers.
-  template <class T, class Id>
+  template <class Row, class T = typename Row::Scalar>
   static MOE_HOST_DEVICE void backward(
-      const T* z, int64_t E, const Id* ids, int64_t K, bool renormalize, T c, const T* ds,
+      const T* z, int64_t E, const int64_t* ids, int64_t K, bool renormalize, T c, const T* ds,
       const T* dP, T* dz, T* work) {
+    using V = typename Row::V;
     T* p = work;
     T* y = work + E;
-    softmax(z, E, p);
+    softmax<Row>(z, E, p);
     // Everything that reaches z through the full softmax has one form, p (q - <p, q>).
-    for (int64_t e = 0; e < E; ++e) dz[e] = dP ? dP[e] : T(0);
+    Row::each(E, [&](auto at) { at.set(dz, dP ? at(dP) : V(0)); });
     if (ds && !renormalize) {
       for (int64_t k = 0; k < K; ++k) {
         if (is_valid(ids[k], E)) dz[ids[k]] += c * ds[k];
       }
     }
-    T dot = 0;
-    for (int64_t e = 0; e < E; ++e) dot += p[e] * dz[e];
-    for (int64_t e = 0; e < E; ++e) dz[e] = p[e] * (dz[e] - dot);
+    const V dot(Row::sum(E, [&](auto at) { return at(p) * at(dz); }));
+    Row::each(E, [&](auto at) { at.set(dz, at(p) * (at(dz) - dot)); });
     if (ds && renormalize) {
-      softmax_of_choices(z, E, ids, K, y);
+      softmax_of_choices<Row>(z, E, ids, K, y);
       T mean = 0;
       for (int64_t k = 0; k < K; ++k) mean += is_valid(ids[k], E) ? y[k] * ds[k] : T(0);
       for (int64_t k = 0; k < K; ++k) {
@@ -131,74 +134,89 @@ struct Softmax {
 };
 
 struct Sigmoid {
-  template <class T>
-  static MOE_HOST_DEVICE T score(T z) {
-    return T(1) / (T(1) + std::exp(-z));
+  template <class V>
+  static MOE_HOST_DEVICE V score(V z) {
+    return V(1) / (V(1) + exp(-z));
   }
 
-  template <class T>
+  template <class Row, class T = typename Row::Scalar>
   static MOE_HOST_DEVICE void probs(const T* z, int64_t E, T* P) {
-    T sum = 0;
-    for (int64_t e = 0; e < E; ++e) sum += P[e] = score(z[e]);
-    for (int64_t e = 0; e < E; ++e) P[e] /= sum;
+    const typename Row::V sum(Row::sum(E, [&](auto at) {
+      const auto y = score(at(z));
+      at.set(P, y);
+      return y;
+    }));
+    Row::each(E, [&](auto at) { at.set(P, at(P) / sum); });
   }
 
-  template <class T>
-  static MOE_HOST_DEVICE T key(T z, T) {
-    return score(z);
+  template <class Row, class T = typename Row::Scalar>
+  static MOE_HOST_DEVICE void keys(const T* z, int64_t E, T* keys) {
+    Row::each(E, [&](auto at) { at.set(keys, score(at(z))); });
   }
 
   // DeepSeek-V3 ranks a group by the sum of its best two experts.
   static constexpr int kGroupTop = 2;
 
-  template <class T, class Id>
+  template <class Row, class T = typename Row::Scalar>
   static MOE_HOST_DEVICE void weights(
-      const T* z, const T*, int64_t E, const Id* ids, int64_t K, bool renormalize, T c, T* w) {
-    T sum = 0;
-    for (int64_t k = 0; k < K; ++k) sum += w[k] = is_valid(ids[k], E) ? score(z[ids[k]]) : T(0);
+      const T* z, const T*, int64_t E, const int64_t* ids, int64_t K, bool renormalize, T c, T* w) {
+    const T sum = scores_of_choices<Row>(z, E, ids, K, w);
     const T scale = renormalize ? c / (sum + T(kEps)) : c;
     for (int64_t k = 0; k < K; ++k) w[k] *= scale;
   }
 
-  template <class T, class Id>
+  template <class Row, class T = typename Row::Scalar>
   static MOE_HOST_DEVICE void backward(
-      const T* z, int64_t E, const Id* ids, int64_t K, bool renormalize, T c, const T* ds,
-      const T* dP, T* dz, T*) {
-    for (int64_t e = 0; e < E; ++e) dz[e] = 0;
+      const T* z, int64_t E, const int64_t* ids, int64_t K, bool renormalize, T c, const T* ds,
+      const T* dP, T* dz, T* work) {
+    using V = typename Row::V;
     if (dP) {
-      T sum = 0, dot = 0;
-      for (int64_t e = 0; e < E; ++e) {
-        const T y = score(z[e]);
-        sum += y;
-        dot += y * dP[e];
-      }
-      for (int64_t e = 0; e < E; ++e) dz[e] = slope(z[e]) / sum * (dP[e] - dot / sum);
+      const V sum(Row::sum(E, [&](auto at) { return score(at(z)); }));
+      const V mean = V(Row::sum(E, [&](auto at) { return score(at(z)) * at(dP); })) / sum;
+      Row::each(E, [&](auto at) {
+        const V y = score(at(z));
+        at.set(dz, y * (V(1) - y) / sum * (at(dP) - mean));
+      });
+    } else {
+      Row::each(E, [&](auto at) { at.set(dz, V(0)); });
     }
     if (!ds) return;
+    T* y = work + E;
+    const T sum = scores_of_choices<Row>(z, E, ids, K, y);
     T scale = c, mean = 0;
     if (renormalize) {
-      T sum = 0;
-      for (int64_t k = 0; k < K; ++k) {
-        if (!is_valid(ids[k], E)) continue;
-        const T y = score(z[ids[k]]);
-        sum += y;
-        mean += y * ds[k];
-      }
       scale = c / (sum + T(kEps));
-      mean /= sum + T(kEps);
+      mean = Row::sum(K, [&](auto at) { return at(y) * at(ds); }) / (sum + T(kEps));
     }
     for (int64_t k = 0; k < K; ++k) {
-      if (is_valid(ids[k], E)) dz[ids[k]] += scale * (ds[k] - mean) * slope(z[ids[k]]);
+      if (is_valid(ids[k], E)) dz[ids[k]] += scale * (ds[k] - mean) * (y[k] * (T(1) - y[k]));
     }
   }
 
  private:
   static constexpr double kEps = 1e-20;
-  template <class T>
-  static MOE_HOST_DEVICE T slope(T z) {
-    const T y = score(z);
-    return y * (T(1) - y);
+  // Returns their sum.
+  template <class Row, class T = typename Row::Scalar>
+  static MOE_HOST_DEVICE T
+  scores_of_choices(const T* z, int64_t E, const int64_t* ids, int64_t K, T* y) {
+    gather_choices<Row>(z, E, ids, K, y);
+    return Row::sum(K, [&](auto at) {
+      const auto s = score(at(y));
+      at.set(y, s);
+      return s;
+    });
   }
 };
+
+// Calls fn with the score function's struct.
+template <class Fn>
+MOE_HOST_DEVICE void dispatch_score_function(ScoreFunction score_function, const Fn& fn) {
+  switch (score_function) {
+    case ScoreFunction::kSoftmax:
+      return fn(Softmax{});
+    case ScoreFunction::kSigmoid:
+      return fn(Sigmoid{});
+  }
+}
 
 }  // namespace moe_ext

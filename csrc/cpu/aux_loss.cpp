@@ -4,9 +4,10 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <numeric>
 #include <vector>
 
-#include "common/score_function.h"
+#include "cpu/operands.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -35,38 +36,16 @@ int64_t count_unmasked(const bool* mask, int64_t T) {
   return mask ? std::count(mask, mask + T, true) : T;
 }
 
-// sum over the unmasked tokens of fn(t), deterministic.
+// The sum of fn(begin, end) over the blocks of tokens.
 template <class Fn>
-double sum_over_tokens(int64_t T, const bool* mask, const Fn& fn) {
+double sum_over_blocks(int64_t T, const Fn& fn) {
   std::vector<double> partial(num_blocks(T), 0.0);
   at::parallel_for(0, num_blocks(T), 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      for (int64_t t = b * kTokensPerBlock; t < std::min(T, (b + 1) * kTokensPerBlock); ++t) {
-        if (!mask || mask[t]) partial[b] += fn(t);
-      }
+      partial[b] = fn(b * kTokensPerBlock, std::min(T, (b + 1) * kTokensPerBlock));
     }
   });
-  double sum = 0;
-  for (const double part : partial) sum += part;
-  return sum;
-}
-
-// dz = scale * 2 lse softmax(z) of every unmasked token, zeros for the others.
-template <class T>
-void z_loss_backward_kernel(
-    const T* logits, const bool* mask, int64_t T_, int64_t E, T scale, T* grad_logits) {
-  at::parallel_for(0, T_, kTokensPerBlock, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      T* dz = grad_logits + t * E;
-      if (mask && !mask[t]) {
-        std::fill_n(dz, E, T(0));
-        continue;
-      }
-      const T factor = T(2) * scale * log_sum_exp(logits + t * E, E);
-      softmax(logits + t * E, E, dz);
-      for (int64_t e = 0; e < E; ++e) dz[e] *= factor;
-    }
-  });
+  return std::accumulate(partial.begin(), partial.end(), 0.0);
 }
 
 // operators
@@ -108,10 +87,9 @@ std::tuple<at::Tensor, at::Tensor> load_balancing_loss_forward(
               : scalar_t(0);
     }
     // loss = sum_t <grad_row, probs[t]>
-    const double loss = sum_over_tokens(T, mask, [&](int64_t t) {
-      double dot = 0;
-      for (int64_t e = 0; e < E; ++e) dot += static_cast<double>(grad_row[e]) * p[t * E + e];
-      return dot;
+    const auto& kernels = router_kernels_for(probs.scalar_type());
+    const double loss = sum_over_blocks(T, [&](int64_t begin, int64_t end) {
+      return kernels.sum_dots(p, grad_row, E, mask, begin, end);
     });
     *std::get<0>(outputs).mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(loss);
   });
@@ -157,16 +135,14 @@ at::Tensor router_z_loss(
   const at::Tensor mask_tensor = contiguous_in(token_mask, at::kBool);
   const bool* mask = data_or_null<bool>(mask_tensor);
   const at::Tensor out = empty_router_z_loss(router_logits);
-  MOE_DISPATCH_COMPUTE(logits.scalar_type(), "router_z_loss", [&] {
-    const scalar_t* z = logits.const_data_ptr<scalar_t>();
-    const double sum = sum_over_tokens(T, mask, [&](int64_t t) {
-      const double lse = log_sum_exp(z + t * E, E);
-      return lse * lse;
-    });
-    const int64_t num_tokens = count_unmasked(mask, T);
-    *out.mutable_data_ptr<scalar_t>() =
-        static_cast<scalar_t>(num_tokens > 0 ? sum / static_cast<double>(num_tokens) : 0.0);
+  const auto& kernels = router_kernels_for(logits.scalar_type());
+  const void* z = logits.const_data_ptr();
+  const double sum = sum_over_blocks(T, [&](int64_t begin, int64_t end) {
+    std::vector<char> scratch(kernels.scratch_bytes(E, 0));
+    return kernels.z_loss(z, E, mask, begin, end, scratch.data());
   });
+  const int64_t num_tokens = count_unmasked(mask, T);
+  out.fill_(num_tokens > 0 ? sum / static_cast<double>(num_tokens) : 0.0);
   return out;
 }
 
@@ -180,12 +156,14 @@ at::Tensor router_z_loss_backward(
   const bool* mask = data_or_null<bool>(mask_tensor);
   const int64_t num_tokens = count_unmasked(mask, logits.size(0));
   const at::Tensor grad_logits = at::empty_like(logits);
-  MOE_DISPATCH_COMPUTE(dtype, "router_z_loss_backward", [&] {
-    const scalar_t g = grad_loss.to(dtype).item<scalar_t>();
-    z_loss_backward_kernel(
-        logits.const_data_ptr<scalar_t>(), mask, logits.size(0), logits.size(1),
-        num_tokens > 0 ? g / static_cast<scalar_t>(num_tokens) : scalar_t(0),
-        grad_logits.mutable_data_ptr<scalar_t>());
+  const auto& kernels = router_kernels_for(dtype);
+  const double scale =
+      num_tokens > 0 ? grad_loss.item<double>() / static_cast<double>(num_tokens) : 0.0;
+  const void* z = logits.const_data_ptr();
+  void* dz = grad_logits.mutable_data_ptr();
+  const int64_t E = logits.size(1);
+  at::parallel_for(0, logits.size(0), kTokensPerBlock, [&](int64_t begin, int64_t end) {
+    kernels.z_loss_backward(z, E, mask, scale, begin, end, dz);
   });
   return grad_logits.to(router_logits.scalar_type());
 }

@@ -18,6 +18,11 @@ inline const kernels::TypeKernels& kernels_for(at::ScalarType dtype) {
   return kernels::current().type[static_cast<int>(type)];
 }
 
+// dtype: a compute dtype.
+inline const kernels::RouterKernels& router_kernels_for(at::ScalarType dtype) {
+  return kernels::current().router[dtype == at::kDouble ? 0 : 1];
+}
+
 // The tensor itself if a row's elements are neighbours, else a copy.
 inline at::Tensor with_dense_rows(const at::Tensor& matrix) {
   return matrix.stride(1) == 1 || matrix.size(1) == 1 ? matrix : matrix.contiguous();

@@ -11,40 +11,6 @@
 namespace moe_ext::cpu {
 namespace {
 
-// kernels
-
-// grad_rows[r] = w grad_out[t] and grad_weights[t, k] = <grad_out[t], rows[r]> for r of slot
-// (t, k); either output may be null. Rows of no slot get zeros.
-template <class scalar_t, class compute_t>
-void unpermute_backward_kernel(
-    const scalar_t* grad_out, const scalar_t* rows, const int32_t* slot_of_row,
-    const compute_t* weights, int64_t N, int64_t K, int64_t H, scalar_t* grad_rows,
-    compute_t* grad_weights) {
-  at::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t slot = slot_of_row[r];
-      if (slot < 0) {
-        if (grad_rows) std::fill_n(grad_rows + r * H, H, scalar_t(0));
-        continue;
-      }
-      const scalar_t* g = grad_out + slot / K * H;
-      if (grad_rows) {
-        const compute_t w = weights ? weights[slot] : compute_t(1);
-        for (int64_t i = 0; i < H; ++i) {
-          grad_rows[r * H + i] = static_cast<scalar_t>(w * static_cast<compute_t>(g[i]));
-        }
-      }
-      if (grad_weights) {
-        compute_t dot = 0;
-        for (int64_t i = 0; i < H; ++i) {
-          dot += static_cast<compute_t>(g[i]) * static_cast<compute_t>(rows[r * H + i]);
-        }
-        grad_weights[slot] = dot;
-      }
-    }
-  });
-}
-
 // operators
 
 at::Tensor unpermute(
@@ -69,13 +35,18 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward(
   at::Tensor grad_rows, grad_weights;
   if (output_mask[0]) grad_rows = at::empty_like(rows);
   if (output_mask[1] && weights.defined()) grad_weights = at::zeros_like(weights);
-  MOE_DISPATCH_FLOAT(rows.scalar_type(), "unpermute_backward", [&] {
-    using compute_t = at::opmath_type<scalar_t>;
-    unpermute_backward_kernel<scalar_t, compute_t>(
-        grad_out.const_data_ptr<scalar_t>(), rows.const_data_ptr<scalar_t>(), slot_of_row.data(),
-        data_or_null<compute_t>(weights), rows.size(0), row_map.size(1), rows.size(1),
-        grad_rows.defined() ? grad_rows.mutable_data_ptr<scalar_t>() : nullptr,
-        grad_weights.defined() ? grad_weights.mutable_data_ptr<compute_t>() : nullptr);
+  const auto& kernels = kernels_for(rows.scalar_type());
+  const kernels::UnpermuteGradArgs args{
+      row_map.size(1),
+      rows.size(1),
+      grad_out.const_data_ptr(),
+      rows.const_data_ptr(),
+      slot_of_row.data(),
+      any_data_or_null(weights),
+      mutable_data_or_null(grad_rows),
+      mutable_data_or_null(grad_weights)};
+  at::parallel_for(0, rows.size(0), 16, [&](int64_t begin, int64_t end) {
+    kernels.unpermute_backward(args, begin, end);
   });
   if (grad_weights.defined()) grad_weights = grad_weights.to(topk_weights->scalar_type());
   return {grad_rows, grad_weights};

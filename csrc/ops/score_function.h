@@ -8,23 +8,11 @@
 
 namespace moe_ext {
 
-enum class ScoreFunction { kSoftmax, kSigmoid };
-
 inline ScoreFunction parse_score_function(const char* op, c10::string_view name) {
   if (name == "softmax") return ScoreFunction::kSoftmax;
   TORCH_CHECK_VALUE(
       name == "sigmoid", op, ": score_function must be softmax or sigmoid, got ", name);
   return ScoreFunction::kSigmoid;
-}
-
-template <class Fn>
-void dispatch_score_function(ScoreFunction score_function, const Fn& fn) {
-  switch (score_function) {
-    case ScoreFunction::kSoftmax:
-      return fn(Softmax{});
-    case ScoreFunction::kSigmoid:
-      return fn(Sigmoid{});
-  }
 }
 
 }  // namespace moe_ext

@@ -6,14 +6,11 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define MOE_AVX2
-#include "cpu/kernels/experts.h"
+#include "cpu/kernels/table.h"
 
 namespace moe_ext::kernels {
 
-const Kernels kAvx2Kernels = {
-    "avx2",
-    {Experts<double>::table(), Experts<float>::table(), Experts<bf16>::table(),
-     Experts<f16>::table()}};
+const Kernels kAvx2Kernels = make_table("avx2");
 
 }  // namespace moe_ext::kernels
 

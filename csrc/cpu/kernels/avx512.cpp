@@ -9,14 +9,11 @@
 #endif
 #define MOE_AVX2
 #define MOE_AVX512
-#include "cpu/kernels/experts.h"
+#include "cpu/kernels/table.h"
 
 namespace moe_ext::kernels {
 
-const Kernels kAvx512Kernels = {
-    "avx512",
-    {Experts<double>::table(), Experts<float>::table(), Experts<bf16>::table(),
-     Experts<f16>::table()}};
+const Kernels kAvx512Kernels = make_table("avx512");
 
 }  // namespace moe_ext::kernels
 

@@ -10,14 +10,11 @@
 #define MOE_AVX2
 #define MOE_AVX512
 #define MOE_AVX512_BF16
-#include "cpu/kernels/experts.h"
+#include "cpu/kernels/table.h"
 
 namespace moe_ext::kernels {
 
-const Kernels kAvx512Bf16Kernels = {
-    "avx512_bf16",
-    {Experts<double>::table(), Experts<float>::table(), Experts<bf16>::table(),
-     Experts<f16>::table()}};
+const Kernels kAvx512Bf16Kernels = make_table("avx512_bf16");
 
 }  // namespace moe_ext::kernels
 

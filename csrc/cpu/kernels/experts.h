@@ -274,9 +274,50 @@ struct Experts {
     for (int64_t i = 0; i < count; i += kLanes) store(out + i, load<V>(sums + i), count - i);
   }
 
+  static void unpermute(const UnpermuteArgs& args, int64_t begin, int64_t end) {
+    const S* rows = static_cast<const S*>(args.rows);
+    const C* weights = static_cast<const C*>(args.weights);
+    for (int64_t t = begin; t < end; ++t) {
+      S* out = static_cast<S*>(args.out) + t * args.H;
+      for (int64_t i = 0; i < args.H; i += kLanes) {
+        V sum(0.0);
+        for (int64_t slot = t * args.K; slot < (t + 1) * args.K; ++slot) {
+          const int64_t row = args.row_map[slot];
+          if (row < 0) continue;
+          const V weight(weights ? weights[slot] : C(1));
+          sum = multiply_add(weight, load<V>(rows + row * args.H + i, args.H - i), sum);
+        }
+        store(out + i, sum, args.H - i);
+      }
+    }
+  }
+
+  static void unpermute_backward(const UnpermuteGradArgs& args, int64_t begin, int64_t end) {
+    const C* weights = static_cast<const C*>(args.weights);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t slot = args.slot_of_row[r];
+      S* grad = args.grad_rows ? static_cast<S*>(args.grad_rows) + r * args.H : nullptr;
+      if (slot < 0) {
+        if (grad) __builtin_memset(grad, 0, args.H * sizeof(S));
+        continue;
+      }
+      const S* grad_out = static_cast<const S*>(args.grad_out) + slot / args.K * args.H;
+      const S* row = static_cast<const S*>(args.rows) + r * args.H;
+      const V weight(weights ? weights[slot] : C(1));
+      V dot(0.0);
+      for (int64_t i = 0; i < args.H; i += kLanes) {
+        const V g = load<V>(grad_out + i, args.H - i);
+        if (grad) store(grad + i, weight * g, args.H - i);
+        if (args.grad_weights) dot = multiply_add(g, load<V>(row + i, args.H - i), dot);
+      }
+      if (args.grad_weights) static_cast<C*>(args.grad_weights)[slot] = sum(dot);
+    }
+  }
+
   static constexpr TypeKernels table() {
-    return {kMaxRows, G::scratch_bytes, G::grad_scratch_bytes, up,
-            combine,  grad_hidden,      grad_weights,          column_sum};
+    return {kMaxRows,  G::scratch_bytes,  G::grad_scratch_bytes, up,
+            combine,   grad_hidden,       grad_weights,          column_sum,
+            unpermute, unpermute_backward};
   }
 };
 

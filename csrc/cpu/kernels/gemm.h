@@ -63,9 +63,6 @@ constexpr int64_t kHalf = kPieceCols / 2;
 constexpr int64_t kMaxDotRows = 32;
 constexpr int64_t kMaxDotCols = 16;
 
-MOE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-MOE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // The B operand of a piece: its columns are two runs (gate and up, or simply neighbours).
 template <class S>
 struct Columns {
@@ -74,25 +71,6 @@ struct Columns {
   int64_t n_stride, k_stride;
   const int32_t* k_index;  // gathers the terms; needs n_stride == 1
   int64_t size() const { return count[0] + count[1]; }
-};
-
-// Hands out parts of a buffer, each aligned to a cache line.
-class Scratch {
- public:
-  explicit Scratch(void* buffer) : at_(static_cast<char*>(buffer)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* part = reinterpret_cast<T*>(at_);
-    at_ += bytes<T>(count);
-    return part;
-  }
-  template <class T>
-  static constexpr int64_t bytes(int64_t count) {
-    return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-  }
-
- private:
-  char* at_;
 };
 
 // Lines of memory to fetch while a tile computes, one for each of its steps: first the rows of the

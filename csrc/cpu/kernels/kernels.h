@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/activation.h"
+#include "common/score_function.h"
 
 namespace moe_ext::kernels {
 
@@ -121,6 +122,27 @@ struct ColumnSumArgs {
   void* sum;               // [E, M]
 };
 
+// out[t] = sum over k of weights[t, k] * rows[row_map[t, k]], k ascending; -1 is skipped.
+struct UnpermuteArgs {
+  int64_t K, H;
+  const void* rows;        // [N, H]
+  const int32_t* row_map;  // [T, K]
+  const void* weights;     // [T, K] compute type, or null: 1
+  void* out;               // [T, H]
+};
+
+// Of slot s = slot_of_row[r], token t = s / K: grad_rows[r] = weights[s] * grad_out[t] and
+// grad_weights[s] = <grad_out[t], rows[r]>. A row without a slot (-1) gets zeros.
+struct UnpermuteGradArgs {
+  int64_t K, H;
+  const void* grad_out;        // [T, H]
+  const void* rows;            // [N, H]; read for grad_weights only
+  const int32_t* slot_of_row;  // [N]
+  const void* weights;         // [T, K] compute type, or null: 1
+  void* grad_rows;             // [N, H]; may be null
+  void* grad_weights;          // [T, K] compute type; may be null
+};
+
 // The functions for one storage type. `col` counts blocks of kPieceCols output columns; `next` says
 // that the caller will do the piece of the next col after this one: its weights are fetched ahead.
 struct TypeKernels {
@@ -139,11 +161,55 @@ struct TypeKernels {
   void (*grad_weights)(
       const GradWeightsArgs&, const RowChunk&, int64_t m_block, int64_t n_block, void* scratch);
   void (*column_sum)(const ColumnSumArgs&, const RowChunk&, int64_t col);
+  void (*unpermute)(const UnpermuteArgs&, int64_t first_token, int64_t last_token);
+  void (*unpermute_backward)(const UnpermuteGradArgs&, int64_t first_row, int64_t last_row);
+};
+
+// How experts are chosen and weighed: common/score_function.h. Everything is of one compute type.
+struct RouterArgs {
+  int64_t E, K;
+  ScoreFunction score_function;
+  bool renormalize;
+  double scaling_factor;
+  const void* logits;  // [T, E]
+};
+struct ChoiceArgs {
+  const void* bias;  // [E] added to the keys, or null
+  int64_t num_groups, topk_groups;
+};
+
+// The functions for one compute type, on the tokens [begin, end); token_mask [T] may be null.
+struct RouterKernels {
+  int64_t (*scratch_bytes)(int64_t E, int64_t K);
+  // ids [T, K], best first, by routing.md's order: larger keys, then lower ids; NaN last.
+  void (*choose)(
+      const RouterArgs&, const ChoiceArgs&, int64_t begin, int64_t end, int64_t* ids,
+      void* scratch);
+  void (*weights)(
+      const RouterArgs&, const int64_t* ids, int64_t begin, int64_t end, void* weights,
+      void* probs);
+  // grad_weights [T, K], grad_probs [T, E], one of which may be null, to grad_logits [T, E].
+  void (*backward)(
+      const RouterArgs&, const int64_t* ids, const void* grad_weights, const void* grad_probs,
+      int64_t begin, int64_t end, void* grad_logits, void* scratch);
+  // The sum over the unmasked tokens of <row, rows[t]>, row [E].
+  double (*sum_dots)(
+      const void* rows, const void* row, int64_t E, const bool* token_mask, int64_t begin,
+      int64_t end);
+  // The sum over the unmasked tokens of log(sum_e exp(logits[t, e]))^2, and scale times its
+  // gradient; zeros for masked tokens.
+  double (*z_loss)(
+      const void* logits, int64_t E, const bool* token_mask, int64_t begin, int64_t end,
+      void* scratch);
+  void (*z_loss_backward)(
+      const void* logits, int64_t E, const bool* token_mask, double scale, int64_t begin,
+      int64_t end, void* grad_logits);
 };
 
 struct Kernels {
   const char* isa;
-  TypeKernels type[4];  // by Type
+  TypeKernels type[4];      // by Type
+  RouterKernels router[2];  // kF64, kF32
 };
 
 // The table in use: of the best instruction set that this machine, its operating system and the

@@ -35,6 +35,28 @@
 namespace moe_ext::kernels {
 namespace {
 
+MOE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+MOE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Hands out parts of a buffer, each aligned to a cache line.
+class Scratch {
+ public:
+  explicit Scratch(void* buffer) : at_(static_cast<char*>(buffer)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* part = reinterpret_cast<T*>(at_);
+    at_ += bytes<T>(count);
+    return part;
+  }
+  template <class T>
+  static constexpr int64_t bytes(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  }
+
+ private:
+  char* at_;
+};
+
 template <class T>
 struct Lanes;
 template <>
@@ -91,6 +113,47 @@ MOE_INLINE Mask<T> operator<(Vec<T> a, Vec<T> b) {
 template <class T>
 MOE_INLINE Mask<T> operator>(Vec<T> a, Vec<T> b) {
   return {a.v > b.v};
+}
+template <class T>
+MOE_INLINE Mask<T> is_nan(Vec<T> a) {
+  return {a.v != a.v};
+}
+template <class T>
+MOE_INLINE Mask<T> operator|(Mask<T> a, Mask<T> b) {
+  return {a.v | b.v};
+}
+template <class T>
+MOE_INLINE Mask<T> operator&(Mask<T> a, Mask<T> b) {
+  return {a.v & b.v};
+}
+template <class T>
+MOE_INLINE Mask<T> operator~(Mask<T> a) {
+  return {~a.v};
+}
+// Lanes 0 to n - 1.
+template <class T, int... Lane>
+MOE_INLINE Mask<T> lanes_below(int64_t n, std::integer_sequence<int, Lane...>) {
+  const typename Vec<T>::IntReg lane = {Lane...};
+  return {lane < static_cast<typename Vec<T>::Int>(n)};
+}
+template <class T>
+MOE_INLINE Mask<T> lanes_below(int64_t n) {
+  return lanes_below<T>(n, std::make_integer_sequence<int, Vec<T>::kLanes>());
+}
+// Bit i is set where lane i is.
+template <class T>
+MOE_INLINE uint64_t lane_bits(Mask<T> mask) {
+#if defined(MOE_AVX512)
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask.v));
+  if constexpr (sizeof(T) == 8) return _mm512_movepi64_mask(reinterpret_cast<__m512i>(mask.v));
+#elif defined(MOE_AVX2)
+  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps(reinterpret_cast<__m256>(mask.v));
+  if constexpr (sizeof(T) == 8) return _mm256_movemask_pd(reinterpret_cast<__m256d>(mask.v));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < Vec<T>::kLanes; ++i) bits |= static_cast<uint64_t>(mask.v[i] & 1) << i;
+  return bits;
+#endif
 }
 template <class T>
 MOE_INLINE Vec<T> select(Mask<T> mask, Vec<T> a, Vec<T> b) {
@@ -273,20 +336,55 @@ MOE_INLINE void stream(S* p, Vec<T> x) {
 #endif
 }
 
-// The first n of a vector's lanes; the others read as zeros.
+// The first n of a vector's lanes, none if n < 0; the others read as zeros and stay as they are in
+// memory.
+#if defined(MOE_AVX512)
+MOE_INLINE uint32_t lane_mask(int64_t n) { return n > 0 ? (1u << n) - 1 : 0; }
+MOE_INLINE __m512 read_lanes(const float* p, int64_t n) {
+  return _mm512_maskz_loadu_ps(lane_mask(n), p);
+}
+MOE_INLINE __m512d read_lanes(const double* p, int64_t n) {
+  return _mm512_maskz_loadu_pd(lane_mask(n), p);
+}
+template <class S>
+MOE_INLINE __m256i read_lanes(const S* p, int64_t n) {
+  static_assert(sizeof(S) == 2);
+  return _mm256_maskz_loadu_epi16(lane_mask(n), p);
+}
+MOE_INLINE void write_lanes(float* p, __m512 x, int64_t n) {
+  _mm512_mask_storeu_ps(p, lane_mask(n), x);
+}
+MOE_INLINE void write_lanes(double* p, __m512d x, int64_t n) {
+  _mm512_mask_storeu_pd(p, lane_mask(n), x);
+}
+template <class S>
+MOE_INLINE void write_lanes(S* p, HalfReg x, int64_t n) {
+  static_assert(sizeof(S) == 2);
+  _mm256_mask_storeu_epi16(p, lane_mask(n), reinterpret_cast<__m256i>(x));
+}
+#endif
 template <class V, class S>
 MOE_INLINE V load(const S* p, int64_t n) {
   if (n >= V::kLanes) return load<V>(p);
   S lane[V::kLanes] = {};
+#if defined(MOE_AVX512)
+  const auto lanes = read_lanes(p, n);
+  __builtin_memcpy(lane, &lanes, sizeof(lane));
+#else
   for (int64_t i = 0; i < n; ++i) lane[i] = p[i];
+#endif
   return load<V>(lane);
 }
 template <class S, class T>
 MOE_INLINE void store(S* p, Vec<T> x, int64_t n) {
   if (n >= Vec<T>::kLanes) return store(p, x);
+#if defined(MOE_AVX512)
+  write_lanes(p, packed(x, p), n);
+#else
   S lane[Vec<T>::kLanes];
   store(lane, x);
   for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
+#endif
 }
 
 // Transposes a square of kLanes vectors in place: rounds that exchange blocks of Step lanes.
@@ -320,6 +418,16 @@ MOE_INLINE Few first_lanes(Reg x) {
   Few few;
   __builtin_memcpy(&few, &x, sizeof(few));
   return few;
+}
+
+// Lane 0 of fn over all lanes, pair by pair.
+template <int Step = 1, class T, class Fn>
+MOE_INLINE T fold(Vec<T> x, const Fn& fn) {
+  constexpr auto kLane = std::make_integer_sequence<int, Vec<T>::kLanes>();
+  const Vec<T> other(exchange<Step, true>(x.v, x.v, kLane));
+  x = fn(Vec<T>(exchange<Step, false>(x.v, x.v, kLane)), other);
+  if constexpr (Step * 2 < Vec<T>::kLanes) return fold<Step * 2>(x, fn);
+  return x.v[0];
 }
 
 // Lane i is the sum of all lanes of x[i], for i < kCount, a power of two.
