@@ -239,9 +239,12 @@ void expert_ffn_backward(
   if (grads.down_bias.defined()) last.push_back(column_sum_job(kernels, down_bias, whole_experts));
   phases.push_back(last);
 
+  // Writing zeros for an idle expert takes a third of the time of reading weights.
+  const int64_t active = count_active(rows.offsets);
+  const int64_t busy = active + (experts.E - active) / 3;
   run_phases(
       phases, scratch,
-      estimate_nanoseconds(2 * N * weights, experts.E * weights * tokens.element_size()));
+      estimate_nanoseconds(2 * N * weights, busy * weights * tokens.element_size()));
 
   if (parts.defined()) {
     MOE_DISPATCH_COMPUTE(parts.scalar_type(), "expert_ffn_backward", [&] {

@@ -10,7 +10,7 @@ namespace moe_ext::cpu {
 namespace {
 
 // Waking and joining threads costs a few microseconds.
-constexpr double kNanosecondsPerThread = 10000;
+constexpr double kNanosecondsPerThread = 15000;
 
 // Taken at once. Threads that stay close to each other share the weights and rows in the cache.
 constexpr int64_t kMostPieces = 8;

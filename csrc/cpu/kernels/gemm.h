@@ -448,9 +448,14 @@ struct Gemm {
       const int64_t left = smaller(terms - k, kTerms);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
-        Operand rest[kLanes] = {};
-        __builtin_memcpy(rest, a[m] + at, left * (sizeof(Operand) / kTermsPerStep));
-        const OperandReg x = read_as<OperandReg>(rest);
+        OperandReg x;
+        if (left == kTerms) {
+          x = read_as<OperandReg>(a[m] + at);
+        } else {
+          Operand rest[kLanes] = {};
+          __builtin_memcpy(rest, a[m] + at, left * (sizeof(Operand) / kTermsPerStep));
+          x = read_as<OperandReg>(rest);
+        }
 #pragma GCC unroll 4
         for (int n = 0; n < kCols; ++n) {
           sum[0][m][n] = multiply_add(x, load_terms(b + n * n_stride + k, left), sum[0][m][n]);
@@ -535,6 +540,12 @@ struct Gemm {
     }
   }
 
+  // Dot products end in sums over lanes, which must not outweigh the terms.
+  static int64_t max_dot_rows(int64_t terms) {
+    const int64_t vectors = terms / (kLanes * kTermsPerStep);
+    return larger(smaller(vectors / 4 * kTileRows, kMaxDotRows), 1);
+  }
+
   // For each of `parts` pieces side by side: c [rows, kPieceCols] = rows of a times b[part], over
   // `terms`, goes to `finish`; columns that b does not have are undefined. `next` may name the b of
   // the next product, to be fetched ahead.
@@ -542,9 +553,9 @@ struct Gemm {
       const S* const* a, int64_t rows, int64_t terms, const Columns<S>* b, int64_t parts,
       const Columns<S>* next, void* scratch_buffer, const Finish<C>& finish) {
     const bool dot =
-        b->k_stride == 1 && (rows <= kMaxDotRows || (kDirect && b->size() <= kMaxDotCols));
+        b->k_stride == 1 && (rows <= max_dot_rows(terms) || (kDirect && b->size() <= kMaxDotCols));
     const bool stream = dot && rows == 1;
-    const bool copies = !kDirect || (dot && !stream && rows <= kMaxDotRows);
+    const bool copies = !kDirect || (dot && !stream && rows <= max_dot_rows(terms));
     const int64_t block = smaller(
         terms, stream      ? terms
                : dot       ? kDotTerms
