@@ -24,15 +24,11 @@ struct Experts {
     return bias.data ? static_cast<const S*>(bias.data) + expert * bias.expert_stride : nullptr;
   }
 
-  // Columns [col * width, ...) of a matrix with N of them, as two neighbouring halves.
-  static Columns<S> neighbours(const Weights& weights, int64_t expert, int64_t n, int64_t N) {
-    const S* data = of_expert(weights, expert) + n * weights.n_stride;
-    return {
-        {data, data + kHalf * weights.n_stride},
-        {smaller(N - n, kHalf), larger(smaller(N - n - kHalf, kHalf), 0)},
-        weights.n_stride,
-        weights.k_stride,
-        nullptr};
+  // The columns from n on of an expert's matrix with N of them.
+  static Columns<S> columns(const Weights& weights, int64_t expert, int64_t n, int64_t N) {
+    return neighbours(
+        of_expert(weights, expert) + n * weights.n_stride, N - n, weights.n_stride,
+        weights.k_stride);
   }
 
   // bias[0, count) as `width` compute numbers; zeros where there is none.
@@ -53,7 +49,7 @@ struct Experts {
 
   // The columns of up's piece `col`: of gate and up, or neighbours.
   static Columns<S> up_columns(const UpArgs& args, int64_t expert, int64_t col) {
-    if (!args.gated) return neighbours(args.gate, expert, col * kPieceCols, args.I);
+    if (!args.gated) return columns(args.gate, expert, col * kPieceCols, args.I);
     const int64_t n = col * kHalf;
     const int64_t count = smaller(args.I - n, kHalf);
     return {
@@ -142,7 +138,7 @@ struct Experts {
       read_bias(expert_bias ? expert_bias + n : nullptr, count, pitch, bias);
       Columns<S> b[kMaxParts];
       for (int64_t part = 0; part < parts; ++part) {
-        b[part] = neighbours(args.weights, chunk.expert, n + part * kPieceCols, args.N);
+        b[part] = columns(args.weights, chunk.expert, n + part * kPieceCols, args.N);
       }
       const auto finish = [&](const C* c, int64_t first, int64_t tile_rows, int64_t part) {
         for (int64_t r = chunk.begin + first; tile_rows > 0; --tile_rows, ++r, c += kPieceCols) {
@@ -156,7 +152,7 @@ struct Experts {
         }
       };
       const bool more = i + 1 < block.last_chunk;
-      const Columns<S> after = neighbours(
+      const Columns<S> after = columns(
           args.weights, chunks[more ? i + 1 : block.first_chunk].expert,
           more || !next ? n : n + pitch, args.N);
       G::multiply(
@@ -179,13 +175,13 @@ struct Experts {
     for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.grad_out, chunk.begin + r);
     Columns<S> b[kMaxParts];
     for (int64_t part = 0; part < pieces; ++part) {
-      b[part] = neighbours(args.down, chunk.expert, n + part * kPieceCols, args.I);
+      b[part] = columns(args.down, chunk.expert, n + part * kPieceCols, args.I);
     }
     const auto finish = [&](const C* c, int64_t first, int64_t tile_rows, int64_t part) {
       finish_grad_hidden(args, chunk.begin + first, tile_rows, col * args.parts + part, c);
     };
     const Columns<S> after =
-        next ? neighbours(args.down, chunk.expert, n + pitch, args.I) : Columns<S>();
+        next ? columns(args.down, chunk.expert, n + pitch, args.I) : Columns<S>();
     G::multiply(row, rows, args.H, b, pieces, next ? &after : nullptr, scratch, Finish<C>(finish));
 
     const S* bias = of_expert(args.down_bias, chunk.expert);

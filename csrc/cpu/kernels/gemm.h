@@ -1,145 +1,16 @@
 // Matrix products of a piece: at most max_chunk_rows rows by kPieceCols columns.
 //
 // The rows of A are read where they lie, through a table of pointers, so gathering costs nothing.
-// B is packed, a block of terms at a time, into a panel that a tile of registers runs down. With
-// few rows or columns packing would cost more than it saves: then both are read where they lie and
-// every element is a dot product.
-//
-// Operands: fp32 and fp64 as they are; bf16 as pairs of terms where the machine multiplies pairs;
-// otherwise bf16 and fp16 are widened to fp32 (exactly) while packing.
+// With many rows B is packed, a block of terms at a time, into a panel that a tile of registers
+// runs down. With few rows or columns packing would cost more than it saves: then B is read where
+// it lies, and a tile's sums run over the terms by vectors (dot products).
 #pragma once
 
-#include "cpu/kernels/vec.h"
+#include "cpu/kernels/ahead.h"
+#include "cpu/kernels/operand.h"
 
 namespace moe_ext::kernels {
 namespace {
-
-template <class S>
-struct Storage {
-  using Compute = float;
-  using Operand = float;
-  static constexpr bool kPairs = false;   // an operand holds two terms
-  static constexpr bool kDirect = false;  // rows of A are operands as they lie
-};
-template <>
-struct Storage<float> {
-  using Compute = float;
-  using Operand = float;
-  static constexpr bool kPairs = false;
-  static constexpr bool kDirect = true;
-};
-template <>
-struct Storage<double> {
-  using Compute = double;
-  using Operand = double;
-  static constexpr bool kPairs = false;
-  static constexpr bool kDirect = true;
-};
-#if defined(MOE_AVX512_BF16)
-template <>
-struct Storage<bf16> {
-  using Compute = float;
-  using Operand = uint32_t;
-  static constexpr bool kPairs = true;
-  static constexpr bool kDirect = true;
-};
-#endif
-
-#if MOE_VECTOR_BYTES == 64
-constexpr int kTileRows = 6;
-constexpr int kTileVecs = 4;
-#elif MOE_VECTOR_BYTES == 32
-constexpr int kTileRows = 6;
-constexpr int kTileVecs = 2;
-#else
-constexpr int kTileRows = 4;
-constexpr int kTileVecs = 2;
-#endif
-
-constexpr int64_t kMaxTerms = 512;      // of a packed block
-constexpr int64_t kMaxWideTerms = 256;  // with several pieces side by side
-constexpr int64_t kMaxGradTerms = 256;  // of a packed block of tokens
-constexpr int64_t kHalf = kPieceCols / 2;
-constexpr int64_t kMaxDotRows = 32;
-constexpr int64_t kMaxDotCols = 16;
-
-// The B operand of a piece: its columns are two runs (gate and up, or simply neighbours).
-template <class S>
-struct Columns {
-  const S* data[2];
-  int64_t count[2];  // 0 to kHalf
-  int64_t n_stride, k_stride;
-  const int32_t* k_index;  // gathers the terms; needs n_stride == 1
-  int64_t size() const { return count[0] + count[1]; }
-};
-
-// Lines of memory to fetch while a tile computes, one for each of its steps: first the rows of the
-// next tile, then the next block of B. Both lie scattered in short runs, where the hardware's own
-// prefetching does not help.
-class Ahead {
- public:
-  static constexpr int kRun = 16;  // lines between two calls of next
-  struct Run {
-    const char* at;
-    int64_t step;
-  };
-  // Runs of kRun lines, line_step bytes apart, at every place of a nest of two loops.
-  struct Runs {
-    const char* at = nullptr;
-    int64_t minor_count = 0, minor_stride = 0, major_count = 0, major_stride = 0, line_step = 0;
-    int64_t count() const { return minor_count * major_count; }
-  };
-
-  explicit Ahead(const char* nothing) : nothing_(nothing) {}
-
-  // The block is fetched by the last of `calls` calls that the rows leave free, or the cache would
-  // lose it again before it is used.
-  void set_block(const Runs (&block)[2], int64_t calls) {
-    minor_ = 0;
-    for (int half = 0; half < 2; ++half) {
-      block_[half] = block[half];
-      calls -= block[half].count();
-    }
-    wait_ = calls - calls / 8;
-  }
-  void set_rows(const char* const* rows, int64_t count, int64_t bytes) {
-    row_ = rows;
-    last_row_ = rows + count;
-    row_bytes_ = bytes;
-    byte_ = 0;
-  }
-
-  MOE_INLINE Run next() {
-    if (row_ < last_row_) {
-      const char* at = *row_ + byte_;
-      byte_ += kRun * 64;
-      if (byte_ >= row_bytes_) {
-        byte_ = 0;
-        ++row_;
-      }
-      return {at, 64};
-    }
-    if (--wait_ >= 0) return {nothing_, 0};
-    for (Runs& runs : block_) {
-      if (runs.count() == 0) continue;
-      const char* at = runs.at + minor_ * runs.minor_stride;
-      if (++minor_ == runs.minor_count) {
-        minor_ = 0;
-        runs.at += runs.major_stride;
-        --runs.major_count;
-      }
-      return {at, runs.line_step};
-    }
-    return {nothing_, 0};
-  }
-
- private:
-  const char* nothing_;
-  const char* const* row_ = nullptr;
-  const char* const* last_row_ = nullptr;
-  int64_t row_bytes_ = 0, byte_ = 0, minor_ = 0, wait_ = 0;
-  Runs block_[2];
-};
 
 // What happens to rows of a product as soon as they are complete and still in the nearest cache:
 // fn(c, first, count, part), c [count, kPieceCols] the rows from `first` on, `part` which of
@@ -643,12 +514,7 @@ struct Gemm {
       }
       for (int64_t n = 0; n < N; n += kPieceCols) {
         const S* data = from(right, first, right_col + n);
-        const Columns<S> b{
-            {data, data + kHalf},
-            {smaller(N - n, kHalf), larger(smaller(N - n - kHalf, kHalf), 0)},
-            1,
-            right.stride,
-            index_from(right, first)};
+        const Columns<S> b = neighbours(data, N - n, 1, right.stride, index_from(right, first));
         const bool whole = N - n >= kPieceCols;
         const auto store_rows = [&](const C* rows, int64_t first_row, int64_t count, int64_t) {
           S* to = out.out + first_row * out.stride + n;
