@@ -48,6 +48,8 @@ struct Gemm {
   static constexpr int kPanelHalf = kPanelCols / 2;
   static constexpr int64_t kMaxRows = kDirect ? 512 : 256;
   static constexpr int64_t kDotTerms = 64 * kLanes * kTermsPerStep;
+  // Bytes. The hardware's own prefetching stops at the end of a page.
+  static constexpr int64_t kStreamAhead = 3072;
 
   static int64_t steps_of(int64_t terms) { return (terms + kTermsPerStep - 1) / kTermsPerStep; }
 
@@ -298,6 +300,9 @@ struct Gemm {
 #pragma GCC unroll 4
         for (int p = 0; p < kParts; ++p, k += kTerms, at += kBytes) {
           OperandReg w[kCols];
+          if (kFetch == 0) {
+            __builtin_prefetch(reinterpret_cast<const char*>(b + k) + kStreamAhead, 0, 2);
+          }
 #pragma GCC unroll 4
           for (int n = 0; n < kCols; ++n) {
             if (n < kFetch) {
