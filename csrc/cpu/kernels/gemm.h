@@ -564,7 +564,10 @@ struct Gemm {
     Ahead::Runs runs[2];
     for (int half = 0; half < 2; ++half) {
       const auto at = reinterpret_cast<const char*>(b->data[half] + first * b->k_stride);
-      if (b->k_stride == 1) {
+      if (b->k_stride == 1 && b->n_stride == terms) {  // all in one
+        const int64_t all_runs = (b->count[half] * terms * kElement + kBytes - 1) / kBytes;
+        runs[half] = {at, all_runs, kBytes, 1, 0, 64};
+      } else if (b->k_stride == 1) {
         const int64_t row_runs = (terms * kElement + kBytes - 1) / kBytes;
         runs[half] = {at, b->count[half], b->n_stride * kElement, row_runs, kBytes, 64};
       } else {
