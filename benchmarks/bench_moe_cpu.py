@@ -233,6 +233,7 @@ def keep(row: dict) -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     key = (row["kind"], row["work"])
     rows = [old for old in rows if (old["kind"], old["work"]) != key] + [row]
+    rows.sort(key=lambda row: (row["kind"], row["work"]))
     path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     draw(machine, rows, path.with_suffix(".png"))
 
@@ -254,7 +255,7 @@ def draw(machine: dict, rows: list[dict], path: Path) -> None:
         shares = [r["gflops"].get(name, 0) / r["ceiling_gflops"] for r in drawn]
         axes.barh(places, shares, height, label=name)
     axes.set_yticks(range(len(drawn)), [f"{r['kind']} {r['work']}" for r in drawn], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(drawn) - 0.5, -0.5)
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of the measured multiply-add ceiling")
     axes.set_title(
@@ -262,6 +263,6 @@ def draw(machine: dict, rows: list[dict], path: Path) -> None:
         f"torch {machine['torch']}",
         fontsize=9,
     )
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(names))
     figure.savefig(path, dpi=120)
     plt.close(figure)
