@@ -56,6 +56,8 @@ build/kernels-%: $(KERNELS) $(wildcard csrc/cpu/kernels/*.h csrc/common/*.h)
 	@echo "== building the kernels' test with -fsanitize=$* (about 2 minutes on 2 cores)"
 	@printf '%s\n' $(KERNELS) | xargs -P "$$(nproc)" -I{} sh -c 'c++ -std=c++17 -O1 -g -Wall -Icsrc \
 	  -fsanitize=$* -fno-sanitize-recover=all -c {} -o $@-objects/$$(basename {}).o'
+	@! nm -C $@-objects/avx*.o | grep -E ' [TWu] (moe_ext|std)' || \
+	  { echo "the linker may run these on machines without AVX: they must have internal linkage"; exit 1; }
 	@c++ -fsanitize=$* -pthread $@-objects/*.o -o $@
 
 bench: setup

@@ -54,7 +54,7 @@ MOE_HOST_DEVICE void softmax(const T* z, int64_t n, T* p) {
   Row::each(n, [&](auto at) { at.set(p, at(p) / sum); });
 }
 
-template <class T>
+template <class Row, class T = typename Row::Scalar>
 MOE_HOST_DEVICE T log_sum_exp(ExpSum<T> row) {
   if (row.top - row.top != T(0)) return row.top;  // infinite or NaN
   return row.top + static_cast<T>(::log(static_cast<double>(row.sum)));

@@ -7,14 +7,7 @@
 
 #include <optional>
 
-// Runs the lambda with `scalar_t` for every dtype that tokens and experts' weights may have.
-#define MOE_DISPATCH_FLOAT(TYPE, NAME, ...)                                                \
-  AT_DISPATCH_SWITCH(                                                                      \
-      TYPE, NAME,                                                                          \
-      AT_DISPATCH_CASE(at::kDouble, __VA_ARGS__) AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) \
-          AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__) AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__))
-
-// The same for what arithmetic runs in (see compute_dtype).
+// Runs the lambda with `scalar_t` for the dtypes that arithmetic runs in (see compute_dtype).
 #define MOE_DISPATCH_COMPUTE(TYPE, NAME, ...) \
   AT_DISPATCH_SWITCH(                         \
       TYPE, NAME,                             \

@@ -213,7 +213,7 @@ struct Router {
     double total = 0;
     for (int64_t t = begin; t < end; ++t) {
       if (mask && !mask[t]) continue;
-      const double lse = log_sum_exp(exp_row<R>(static_cast<const T*>(logits) + t * E, E, p));
+      const double lse = log_sum_exp<R>(exp_row<R>(static_cast<const T*>(logits) + t * E, E, p));
       total += lse * lse;
     }
     return total;
@@ -231,7 +231,7 @@ struct Router {
         continue;
       }
       const ExpSum<T> row = exp_row<R>(z, E, dz);
-      const V factor(2 * scale * static_cast<double>(log_sum_exp(row)) / row.sum);
+      const V factor(2 * scale * static_cast<double>(log_sum_exp<R>(row)) / row.sum);
       R::each(E, [&](auto at) { at.set(dz, at(dz) * factor); });
     }
   }
