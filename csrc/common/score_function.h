@@ -21,6 +21,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/host_device.h"
 
 namespace moe_ext {
@@ -134,15 +135,10 @@ struct Softmax {
 };
 
 struct Sigmoid {
-  template <class V>
-  static MOE_HOST_DEVICE V score(V z) {
-    return V(1) / (V(1) + exp(-z));
-  }
-
   template <class Row, class T = typename Row::Scalar>
   static MOE_HOST_DEVICE void probs(const T* z, int64_t E, T* P) {
     const typename Row::V sum(Row::sum(E, [&](auto at) {
-      const auto y = score(at(z));
+      const auto y = sigmoid(at(z));
       at.set(P, y);
       return y;
     }));
@@ -151,7 +147,7 @@ struct Sigmoid {
 
   template <class Row, class T = typename Row::Scalar>
   static MOE_HOST_DEVICE void keys(const T* z, int64_t E, T* keys) {
-    Row::each(E, [&](auto at) { at.set(keys, score(at(z))); });
+    Row::each(E, [&](auto at) { at.set(keys, sigmoid(at(z))); });
   }
 
   // DeepSeek-V3 ranks a group by the sum of its best two experts.
@@ -171,10 +167,10 @@ struct Sigmoid {
       const T* dP, T* dz, T* work) {
     using V = typename Row::V;
     if (dP) {
-      const V sum(Row::sum(E, [&](auto at) { return score(at(z)); }));
-      const V mean = V(Row::sum(E, [&](auto at) { return score(at(z)) * at(dP); })) / sum;
+      const V sum(Row::sum(E, [&](auto at) { return sigmoid(at(z)); }));
+      const V mean = V(Row::sum(E, [&](auto at) { return sigmoid(at(z)) * at(dP); })) / sum;
       Row::each(E, [&](auto at) {
-        const V y = score(at(z));
+        const V y = sigmoid(at(z));
         at.set(dz, y * (V(1) - y) / sum * (at(dP) - mean));
       });
     } else {
@@ -201,7 +197,7 @@ struct Sigmoid {
   scores_of_choices(const T* z, int64_t E, const int64_t* ids, int64_t K, T* y) {
     gather_choices<Row>(z, E, ids, K, y);
     return Row::sum(K, [&](auto at) {
-      const auto s = score(at(y));
+      const auto s = sigmoid(at(y));
       at.set(y, s);
       return s;
     });
