@@ -29,11 +29,12 @@ TORCH_LIBRARY(moe_ext, m) {
 
   m.def(
       "load_balancing_loss(Tensor router_probs, Tensor topk_ids, *, Tensor? token_mask=None, "
-      "bool normalize_by_topk=True) -> Tensor",
+      "bool normalize_by_topk=True, SymInt num_sequences=1, Tensor? expert_share=None) -> Tensor",
       tags);
   m.def(
       "_load_balancing_loss_forward(Tensor router_probs, Tensor topk_ids, Tensor? token_mask, "
-      "bool normalize_by_topk) -> (Tensor loss, Tensor grad_row)",
+      "bool normalize_by_topk, SymInt num_sequences, Tensor? expert_share) "
+      "-> (Tensor loss, Tensor grad_row)",
       tags);
   m.def(
       "_load_balancing_loss_backward(Tensor grad_loss, Tensor grad_row, Tensor topk_ids, "
@@ -45,6 +46,33 @@ TORCH_LIBRARY(moe_ext, m) {
       "-> Tensor",
       tags);
   m.def("_tokens_per_expert(Tensor topk_ids, SymInt num_experts) -> Tensor", tags);
+  m.def("_router_entropy(Tensor router_probs, Tensor? token_mask=None) -> Tensor", tags);
+  m.def("_add_once(Tensor(a!) total, Tensor value) -> ()", tags);
+
+  m.def(
+      "_apply_capacity(Tensor topk_weights, Tensor topk_ids, Tensor capacity_factor, "
+      "SymInt num_experts, *, SymInt min_capacity=1, str drop_policy=\"probs\") -> Tensor",
+      tags);
+  m.def(
+      "_round_tokens(Tensor router_probs, Tensor topk_weights, Tensor topk_ids, *, "
+      "SymInt tile_size, str rounding=\"nearest\", Tensor? capacity_factor=None, "
+      "SymInt min_capacity=1, Tensor? noise=None) "
+      "-> (Tensor pair_tokens, Tensor pair_experts, Tensor pair_slots, Tensor kept_ids)",
+      tags);
+  m.def(
+      "_expert_choice(Tensor router_probs, Tensor? token_mask, SymInt top_k) "
+      "-> (Tensor pair_tokens, Tensor pair_experts)",
+      tags);
+  m.def(
+      "_pair_weights(Tensor topk_weights, Tensor router_probs, Tensor pair_tokens, "
+      "Tensor pair_experts, Tensor? pair_slots, SymInt num_experts, float scaling_factor=1.0) "
+      "-> Tensor",
+      tags);
+  m.def(
+      "_pair_weights_backward(Tensor grad, Tensor topk_weights, Tensor pair_tokens, "
+      "Tensor pair_experts, Tensor? pair_slots, SymInt num_experts, float scaling_factor, "
+      "bool[2] output_mask) -> (Tensor grad_topk_weights, Tensor grad_router_probs)",
+      tags);
 
   m.def(
       "permute(Tensor tokens, Tensor topk_ids, SymInt num_experts) "
@@ -82,17 +110,27 @@ TORCH_LIBRARY(moe_ext, m) {
       "Tensor down_proj, *, Tensor? gate_up_bias=None, Tensor? down_bias=None, "
       "str activation=\"silu\", bool gated=True, str recompute=\"activation\") -> Tensor",
       tags);
+  // moe_ffn for tokens with a varying number of experts: a list of pairs.
   m.def(
-      "_moe_ffn_forward(Tensor tokens, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, "
-      "Tensor down_proj, Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, "
-      "bool save_hidden) -> (Tensor out, Tensor hidden, Tensor row_map, Tensor expert_offsets)",
+      "_moe_ffn_pairs(Tensor tokens, Tensor pair_weights, Tensor pair_experts, Tensor pair_tokens, "
+      "Tensor gate_up_proj, Tensor down_proj, *, Tensor? gate_up_bias=None, "
+      "Tensor? down_bias=None, str activation=\"silu\", bool gated=True, "
+      "str recompute=\"activation\") -> Tensor",
       tags);
-  // Backward of both: with row_map [T, K] of moe_ffn (tokens [T, H], weights [T, K]), without it
-  // of expert_ffn (tokens are the rows [N, H], weights [N] or None).
+  // Of both: weights and ids [T, K], or [P] with pair_tokens [P].
+  m.def(
+      "_moe_ffn_forward(Tensor tokens, Tensor weights, Tensor ids, Tensor? pair_tokens, "
+      "Tensor gate_up_proj, Tensor down_proj, Tensor? gate_up_bias, Tensor? down_bias, "
+      "str activation, bool gated, bool save_hidden) "
+      "-> (Tensor out, Tensor hidden, Tensor row_map, Tensor expert_offsets)",
+      tags);
+  // Backward of all: with row_map of moe_ffn ([T, K], or [P] with pair_tokens [P]; tokens [T, H],
+  // weights like row_map), without it of expert_ffn (tokens are the rows [N, H], weights [N] or
+  // None).
   m.def(
       "_expert_ffn_backward(Tensor grad_out, Tensor tokens, Tensor? weights, Tensor? row_map, "
-      "Tensor expert_offsets, Tensor? hidden, Tensor gate_up_proj, Tensor down_proj, "
-      "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, "
+      "Tensor? pair_tokens, Tensor expert_offsets, Tensor? hidden, Tensor gate_up_proj, "
+      "Tensor down_proj, Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, "
       "bool[6] output_mask) -> (Tensor grad_tokens, Tensor grad_weights, "
       "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, "
       "Tensor grad_down_bias)",

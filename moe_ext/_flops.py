@@ -1,8 +1,10 @@
 """FLOP formulas, so that torch.utils.flop_counter counts the work of these operators.
 
-Counted are matrix products over all N = T K rows: what a skipped slot saves is not known from
-shapes. An argument arrives as its shape, an absent tensor as None.
+Counted are matrix products over all N = T K rows (or P pairs): what a skipped slot saves is not
+known from shapes. An argument arrives as its shape, an absent tensor as None.
 """
+
+import math
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -17,9 +19,16 @@ def _experts(num_rows, gate_up_proj, down_proj) -> tuple[int, int]:
     return 2 * num_rows * width * hidden_size, 2 * num_rows * intermediate_size * hidden_size
 
 
-@register_flop_formula([_ops.moe_ffn, _ops._moe_ffn_forward])
+@register_flop_formula(_ops.moe_ffn)
 def _moe_ffn(tokens, topk_weights, topk_ids, gate_up_proj, down_proj, *args, **kwargs) -> int:
-    return sum(_experts(topk_ids[0] * topk_ids[1], gate_up_proj, down_proj))
+    return sum(_experts(math.prod(topk_ids), gate_up_proj, down_proj))
+
+
+@register_flop_formula([_ops._moe_ffn_pairs, _ops._moe_ffn_forward])
+def _moe_ffn_forward(
+    tokens, weights, ids, pair_tokens, gate_up_proj, down_proj, *args, **kwargs
+) -> int:
+    return sum(_experts(math.prod(ids), gate_up_proj, down_proj))
 
 
 @register_flop_formula([_ops.expert_ffn, _ops._expert_ffn_forward])
@@ -33,6 +42,7 @@ def _expert_ffn_backward(
     tokens,
     weights,
     row_map,
+    pair_tokens,
     expert_offsets,
     hidden,
     gate_up_proj,
@@ -44,7 +54,7 @@ def _expert_ffn_backward(
     output_mask,
     **kwargs,
 ) -> int:
-    num_rows = row_map[0] * row_map[1] if row_map is not None else tokens[0]
+    num_rows = math.prod(row_map) if row_map is not None else tokens[0]
     up, down = _experts(num_rows, gate_up_proj, down_proj)
     needs_tokens, needs_weights, needs_gate_up, needs_down, needs_gate_up_bias, _ = output_mask
     needs_hidden_grad = needs_tokens or needs_gate_up or needs_gate_up_bias

@@ -188,6 +188,8 @@ def load_balancing_loss(
     *,
     token_mask: Tensor | None = None,
     normalize_by_topk: bool = True,
+    num_sequences: int = 1,
+    expert_share: Tensor | None = None,
 ) -> Tensor:
     """E sum_e f_e P_e: f_e the share of the choices that went to e, P_e the mean probability of e.
 
@@ -198,12 +200,22 @@ def load_balancing_loss(
         topk_ids: [T, K] int64 or int32; skipped ids are left out of f's numerator.
         token_mask: [T] bool; False tokens count nowhere.
         normalize_by_topk: False gives Hugging Face's value, K times as large.
+        num_sequences: the tokens are so many sequences of equal length, one after the other; the
+            loss is the mean of the sequences' own losses, over those with an unmasked token
+            (DeepSeek-V3's sequence-wise loss, arXiv 2412.19437).
+        expert_share: [E], f itself where it is counted elsewhere, over all ranks say; the choices
+            in topk_ids then do not matter.
 
     Returns:
         A scalar, float32 (float64 for float64); 0 if there is no unmasked token.
     """
     return _ops.load_balancing_loss.default(
-        router_probs, topk_ids, token_mask=token_mask, normalize_by_topk=normalize_by_topk
+        router_probs,
+        topk_ids,
+        token_mask=token_mask,
+        normalize_by_topk=normalize_by_topk,
+        num_sequences=num_sequences,
+        expert_share=expert_share,
     )
 
 

@@ -4,6 +4,8 @@ They take and give exactly what the operators of `moe_ext.ops` do, and are the o
 and a baseline of the benchmarks. Values of ids are not checked.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -235,23 +237,179 @@ def moe_ffn(
     return unpermute(out, row_map, topk_weights)
 
 
+def moe_ffn_pairs(
+    tokens: Tensor,
+    pair_weights: Tensor,
+    pair_experts: Tensor,
+    pair_tokens: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    **options,
+) -> Tensor:
+    """moe_ffn for a list of pairs [P] in any order; unused ones have token or expert -1 (or >= E).
+
+    pair_weights [P], pair_experts [P], pair_tokens [P]; the rest as for `moe_ffn`.
+    """
+    num_experts = gate_up_proj.shape[0]
+    used = (pair_tokens >= 0) & (pair_experts >= 0) & (pair_experts < num_experts)
+    order = used.nonzero().squeeze(1)
+    order = order[pair_experts[order].argsort(stable=True)]
+    token = pair_tokens[order].long()
+    counts = torch.bincount(pair_experts[order].long(), minlength=num_experts)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    options.pop("recompute", None)
+    rows = expert_ffn(tokens[token], offsets, gate_up_proj, down_proj, **options)
+    dtype = _compute_dtype(tokens.dtype)
+    weighted = rows.to(dtype) * pair_weights[order].to(dtype).unsqueeze(1)
+    return tokens.new_zeros(tokens.shape, dtype=dtype).index_add(0, token, weighted).to(tokens)
+
+
+def capacity(
+    capacity_factor: float, topk_ids: Tensor, num_experts: int, min_capacity: int = 1
+) -> int:
+    """How many slots of topk_ids [T, K] an expert may keep: ceil(factor * choices / E), at least
+    min_capacity, at most every token. Skipped slots are no choice, a row of them no token."""
+    valid = (topk_ids >= 0) & (topk_ids < num_experts)
+    tokens, choices = int(valid.any(1).sum()), int(valid.sum())
+    return min(max(math.ceil(capacity_factor * choices / num_experts), min_capacity), tokens)
+
+
+def apply_capacity(
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    capacity_factor: float,
+    num_experts: int,
+    *,
+    min_capacity: int = 1,
+    drop_policy: str = "probs",
+) -> Tensor:
+    """topk_ids [T, K] with -1 for every slot beyond its expert's capacity.
+
+    "probs": an expert keeps its highest weights, ties go to the earlier slot; "position": its
+    earliest slots, all first choices before all second ones (GShard, arXiv 2006.16668).
+    """
+    limit = capacity(capacity_factor, topk_ids, num_experts, min_capacity)
+    if drop_policy == "probs":
+        keys = topk_weights.flatten().nan_to_num(nan=-torch.inf)
+        order = keys.argsort(descending=True, stable=True)
+    else:
+        order = torch.arange(topk_ids.numel()).view(topk_ids.shape).T.flatten()
+    ids = topk_ids.flatten().long()
+    kept = torch.full_like(ids, -1)
+    for e in range(num_experts):
+        slots = order[ids[order] == e][:limit]
+        kept[slots] = e
+    return kept.view(topk_ids.shape)
+
+
+def round_counts(
+    counts: list[int], tile_size: int, most: int, rounding: str, noise: list[float] | None = None
+) -> list[int]:
+    """Multiples of the tile size near counts [E], none above `most` (see `round_tokens`)."""
+    M, limit = tile_size, most // tile_size * tile_size
+    down = [f // M * M for f in counts]
+    rest = [f % M for f in counts]
+    if rounding == "balanced":
+        ups = math.ceil(sum(rest) / M - 0.5)
+        result = list(down)
+        for e in sorted(range(len(counts)), key=lambda e: (-rest[e], e)):
+            if ups > 0 and rest[e] > 0 and down[e] + M <= limit:
+                result[e] += M
+                ups -= 1
+    else:
+        rule = {
+            "nearest": lambda e: rest[e] / M > 0.5,
+            "up": lambda e: rest[e] > 0,
+            "down": lambda e: False,
+            "stochastic": lambda e: noise[e] < rest[e] / M,
+        }[rounding]
+        result = [d + M * rule(e) for e, d in enumerate(down)]
+    return [min(c, limit) for c in result]
+
+
+def round_tokens(
+    router_probs: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    tile_size: int,
+    rounding: str = "nearest",
+    capacity_factor: float | None = None,
+    min_capacity: int = 1,
+    noise: Tensor | None = None,
+) -> list[tuple[int, int, int]]:
+    """Token rounding (arXiv 2512.14080, algorithm 4): (token, expert, slot) for every pair, slot
+    -1 for a padded one. router_probs [T, E], topk_weights and topk_ids [T, K].
+
+    A chosen pair ranks by its weight, all others by their probability - 1, so every chosen pair
+    outranks every other; expert e keeps its c_e best, ties going to the earlier token.
+    """
+    T, K = topk_ids.shape
+    num_experts = router_probs.shape[1]
+    valid = (topk_ids >= 0) & (topk_ids < num_experts)
+    routed = valid.any(1).nonzero().squeeze(1).tolist()
+    counts = torch.bincount(topk_ids[valid].long(), minlength=num_experts).tolist()
+    most = len(routed)
+    if capacity_factor is not None:
+        most = capacity(capacity_factor, topk_ids, num_experts, min_capacity)
+    noise = None if noise is None else noise.tolist()
+    pairs = []
+    for e, c in enumerate(round_counts(counts, tile_size, most, rounding, noise)):
+        ranked = []
+        for t in routed:
+            slot = next((t * K + k for k in range(K) if topk_ids[t, k] == e), -1)
+            chosen = slot >= 0
+            score = topk_weights.flatten()[slot] if chosen else router_probs[t, e]
+            ranked.append((not chosen, -score.item(), t, slot))
+        pairs += sorted((t, e, slot) for _, _, t, slot in sorted(ranked)[:c])
+    return pairs
+
+
+def expert_choice(
+    router_probs: Tensor, token_mask: Tensor | None, top_k: int
+) -> list[tuple[int, int]]:
+    """Expert choice (Zhou et al., arXiv 2202.09368): (token, expert) for every pair; an expert
+    takes its min(T, ceil(T K / E)) best unmasked tokens, ties going to the earlier one."""
+    T, num_experts = router_probs.shape
+    tokens = [t for t in range(T) if token_mask is None or token_mask[t]]
+    count = min(len(tokens), math.ceil(len(tokens) * top_k / num_experts))
+    pairs = []
+    for e in range(num_experts):
+        best = sorted(tokens, key=lambda t: (-router_probs[t, e].item(), t))[:count]
+        pairs += sorted((t, e) for t in best)
+    return pairs
+
+
 def load_balancing_loss(
     router_probs: Tensor,
     topk_ids: Tensor,
     *,
     token_mask: Tensor | None = None,
     normalize_by_topk: bool = True,
+    num_sequences: int = 1,
+    expert_share: Tensor | None = None,
 ) -> Tensor:
     """See `moe_ext.load_balancing_loss`."""
     probs = router_probs.to(_compute_dtype(router_probs.dtype))
     num_experts = probs.shape[1]
+    if num_sequences > 1:
+        masks = [None] * num_sequences if token_mask is None else token_mask.chunk(num_sequences)
+        parts = zip(probs.chunk(num_sequences), topk_ids.chunk(num_sequences), masks, strict=True)
+        losses = [
+            load_balancing_loss(p, i, token_mask=m, normalize_by_topk=normalize_by_topk)
+            for p, i, m in parts
+            if m is None or m.any()
+        ]
+        return sum(losses, start=probs.sum() * 0) / max(len(losses), 1)
     if token_mask is not None:
         probs, topk_ids = probs[token_mask], topk_ids[token_mask]
     if probs.shape[0] == 0:
         return probs.sum() * 0
     valid = topk_ids[(topk_ids >= 0) & (topk_ids < num_experts)].long()
-    counts = torch.bincount(valid, minlength=num_experts).to(probs.dtype)
-    loss = num_experts * (counts / topk_ids.numel() * probs.mean(0)).sum()
+    if expert_share is None:
+        counts = torch.bincount(valid, minlength=num_experts).to(probs.dtype)
+        expert_share = counts / topk_ids.numel()
+    loss = num_experts * (expert_share.to(probs.dtype) * probs.mean(0)).sum()
     return loss if normalize_by_topk else loss * topk_ids.shape[1]
 
 
@@ -263,3 +421,13 @@ def router_z_loss(router_logits: Tensor, *, token_mask: Tensor | None = None) ->
     if logits.shape[0] == 0:
         return logits.sum() * 0
     return logits.logsumexp(-1).square().mean()
+
+
+def router_entropy(router_probs: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """mean_t -sum_e p_e log p_e of router_probs [T, E], in nats; token_mask [T] bool."""
+    probs = router_probs.to(_compute_dtype(router_probs.dtype))
+    if token_mask is not None:
+        probs = probs[token_mask]
+    if probs.shape[0] == 0:
+        return probs.sum() * 0
+    return torch.special.entr(probs).sum(-1).mean()

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from conftest import DTYPES, assert_close, leaf, make_ids
@@ -67,12 +69,79 @@ def test_gradcheck_and_opcheck(device, mask):
     torch.library.opcheck(ops.load_balancing_loss.default, (probs, ids), options)
     torch.library.opcheck(ops.router_z_loss.default, (probs,), options)
     p = probs.detach()
-    loss, grad_row = ops._load_balancing_loss_forward(p, ids, token_mask, True)
-    torch.library.opcheck(ops._load_balancing_loss_forward.default, (p, ids, token_mask, True))
+    loss, grad_row = ops._load_balancing_loss_forward(p, ids, token_mask, True, 1, None)
+    torch.library.opcheck(
+        ops._load_balancing_loss_forward.default, (p, ids, token_mask, True, 1, None)
+    )
     torch.library.opcheck(
         ops._load_balancing_loss_backward.default, (loss, grad_row, ids, token_mask)
     )
     torch.library.opcheck(ops._router_z_loss_backward.default, (loss, p, token_mask))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", [None, "some", "a whole sequence", "all"])
+@pytest.mark.parametrize("T,S", [(0, 3), (3, 3), (700, 2), (900, 5)])
+def test_loss_per_sequence(device, dtype, mask, T, S):
+    """The mean of the losses of the sequences that have a token."""
+    probs = leaf(torch.randn(T, 6, device=device).softmax(-1).to(dtype))
+    wide = leaf(probs.double())
+    token_mask = make_mask("some" if mask == "a whole sequence" else mask, T, device)
+    if mask == "a whole sequence":
+        token_mask[: T // S] = False
+    options = {"token_mask": token_mask, "num_sequences": S}
+    ids = make_ids("skewed", T, 2, 6, device)
+    loss = moe_ext.load_balancing_loss(probs, ids, **options)
+    expected = reference.load_balancing_loss(wide, ids, **options)
+    assert_close(loss, expected, torch.promote_types(dtype, torch.float32))
+    (3 * loss).backward()
+    (3 * expected).backward()
+    assert_close(probs.grad, wide.grad, dtype, scale=2)
+
+
+@pytest.mark.parametrize("mask", [None, "some"])
+@pytest.mark.parametrize("normalize_by_topk", [True, False])
+def test_given_shares(device, mask, normalize_by_topk):
+    """f counted elsewhere: with the shares of these very tokens nothing changes."""
+    probs = leaf(torch.rand(60, 6, dtype=torch.float64, device=device))
+    ids, token_mask = make_ids("skewed", 60, 2, 6, device), make_mask(mask, 60, device)
+    counted = ids if token_mask is None else ids[token_mask]
+    share = torch.bincount(counted.flatten(), minlength=6).double() / counted.numel()
+    options = {"token_mask": token_mask, "normalize_by_topk": normalize_by_topk}
+    expected = moe_ext.load_balancing_loss(probs, ids, **options)
+    actual = moe_ext.load_balancing_loss(probs, ids, expert_share=share, **options)
+    torch.testing.assert_close(actual, expected)
+    other = torch.rand(6, dtype=torch.float64, device=device)
+    expected = reference.load_balancing_loss(probs, ids, expert_share=other, token_mask=token_mask)
+    actual = moe_ext.load_balancing_loss(probs, ids, expert_share=other, token_mask=token_mask)
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.autograd.grad(loss, probs)[0] for loss in (actual, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("options", [{"num_sequences": 2}, {"expert_share": True}])
+def test_gradcheck_and_opcheck_of_the_options(device, options):
+    if "expert_share" in options:
+        options = {"expert_share": torch.rand(5, device=device)}
+    ids = make_ids("skipped", 8, 2, 5, device)
+    probs = leaf(torch.rand(8, 5, dtype=torch.float64, device=device))
+    torch.autograd.gradcheck(lambda p: moe_ext.load_balancing_loss(p, ids, **options), [probs])
+    torch.library.opcheck(torch.ops.moe_ext.load_balancing_loss.default, (probs, ids), options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("T", [0, 1, 700])
+def test_router_entropy(device, dtype, mask, T):
+    probs = (3 * torch.randn(T, 6, device=device)).softmax(-1).to(dtype)
+    probs[: T // 3, 0] = 0
+    token_mask = make_mask(mask, T, device)
+    entropy = torch.ops.moe_ext._router_entropy(probs, token_mask)
+    expected = reference.router_entropy(probs.double(), token_mask)
+    assert_close(entropy, expected, torch.promote_types(dtype, torch.float32))
+    torch.library.opcheck(torch.ops.moe_ext._router_entropy.default, (probs, token_mask))
+    uniform = torch.full((5, 8), 1 / 8, device=device)
+    assert torch.ops.moe_ext._router_entropy(uniform).item() == pytest.approx(math.log(8))
 
 
 def test_closed_forms(device):
@@ -112,7 +181,7 @@ def test_nothing_of_size_t_by_e_is_saved(device):
         lambda tensor: saved.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
     ):
         moe_ext.load_balancing_loss(probs, ids)
-    assert saved == [(8,), (64, 2)]
+    assert saved == [(1, 8), (64, 2)]
 
 
 def test_strides_and_second_derivatives(device):

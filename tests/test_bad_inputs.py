@@ -13,6 +13,8 @@ def good(op: str) -> dict:
     experts = {"gate_up_proj": torch.randn(E, 2 * I, H), "down_proj": torch.randn(E, H, I)}
     offsets = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
     row_map = torch.arange(T * K, dtype=torch.int32).view(T, K)
+    pairs = {"pair_tokens": torch.randint(T, (9,)), "pair_experts": torch.randint(E, (9,))}
+    factor = torch.tensor(1.0, dtype=torch.float64)
     rows = torch.randn(T * K, H)
     return {
         "topk_router": {"router_logits": torch.randn(T, 8), "top_k": K},
@@ -36,6 +38,28 @@ def good(op: str) -> dict:
             "weight": torch.randn(E, I, H),
         },
         "_tokens_per_expert": {"topk_ids": ids, "num_experts": E},
+        "_router_entropy": {"router_probs": torch.rand(T, E)},
+        "_moe_ffn_pairs": {"tokens": tokens, "pair_weights": torch.rand(9), **pairs, **experts},
+        "_apply_capacity": {
+            "topk_weights": torch.rand(T, K),
+            "topk_ids": ids,
+            "capacity_factor": factor,
+            "num_experts": E,
+        },
+        "_round_tokens": {
+            "router_probs": torch.rand(T, E),
+            "topk_weights": torch.rand(T, K),
+            "topk_ids": ids,
+            "tile_size": 4,
+        },
+        "_expert_choice": {"router_probs": torch.rand(T, E), "token_mask": None, "top_k": K},
+        "_pair_weights": {
+            "topk_weights": torch.rand(T, K),
+            "router_probs": torch.rand(T, E),
+            **pairs,
+            "pair_slots": None,
+            "num_experts": E,
+        },
     }[op]
 
 
@@ -250,6 +274,88 @@ BAD = [  # operator, changed arguments, error, message
         "router_logits must be float64, float32, bfloat16 or float16, got Long",
     ),
     ("router_z_loss", {"token_mask": f(1, T).bool()}, R, "token_mask must be [T=6], got [1, 6]"),
+    (
+        "load_balancing_loss",
+        {"num_sequences": 0},
+        V,
+        "num_sequences must be >= 1, got 0",
+    ),
+    ("load_balancing_loss", {"num_sequences": 4}, R, "num_sequences must divide T=6, got 4"),
+    ("load_balancing_loss", {"expert_share": f(4)}, R, "expert_share must be [E=3], got [4]"),
+    (
+        "load_balancing_loss",
+        {"expert_share": f(E), "num_sequences": 2},
+        V,
+        "expert_share must go with num_sequences=1, got 2",
+    ),
+    ("_router_entropy", {"router_probs": f(T)}, R, "router_probs must be [T, E], got [6]"),
+    ("_router_entropy", {"token_mask": f(T)}, R, "token_mask must be Bool, got Float"),
+    ("_moe_ffn_pairs", {"pair_weights": f(8)}, R, "pair_weights must be [P=9], got [8]"),
+    ("_moe_ffn_pairs", {"pair_experts": f(9)}, R, "pair_experts must be int64 or int32, got Float"),
+    ("_moe_ffn_pairs", {"pair_tokens": f(8).long()}, R, "pair_tokens must be [P=9], got [8]"),
+    ("_moe_ffn_pairs", {"pair_tokens": f(9).long() + 6}, X, "pair_tokens must be in [-1, T=6)"),
+    ("_moe_ffn_pairs", {"pair_tokens": f(9).long() - 2}, X, "pair_tokens must be in [-1, T=6)"),
+    ("_moe_ffn_pairs", {"pair_experts": f(9).long() - 2}, X, "pair_experts must be >= -1, got -2"),
+    ("_moe_ffn_pairs", {"recompute": "x"}, V, "recompute must be activation or hidden, got x"),
+    ("_apply_capacity", {"topk_weights": f(T, 3)}, R, "topk_weights must be [T=6, K=2], got"),
+    ("_apply_capacity", {"topk_ids": f(T, K)}, R, "topk_ids must be int64 or int32, got Float"),
+    ("_apply_capacity", {"capacity_factor": f(())}, R, "capacity_factor must be Double, got Float"),
+    (
+        "_apply_capacity",
+        {"capacity_factor": f(1, dtype=torch.float64)},
+        R,
+        "capacity_factor must be [], got [1]",
+    ),
+    ("_apply_capacity", {"min_capacity": 0}, V, "min_capacity must be >= 1, got 0"),
+    ("_apply_capacity", {"num_experts": 0}, R, "num_experts must be >= 1, got 0"),
+    ("_apply_capacity", {"drop_policy": "x"}, V, "drop_policy must be probs or position, got x"),
+    ("_round_tokens", {"router_probs": f(T)}, R, "router_probs must be [T, E], got [6]"),
+    ("_round_tokens", {"tile_size": 0}, V, "tile_size must be >= 1, got 0"),
+    (
+        "_round_tokens",
+        {"rounding": "x"},
+        V,
+        "rounding must be nearest, up, down, stochastic or balanced, got x",
+    ),
+    (
+        "_round_tokens",
+        {"rounding": "stochastic"},
+        V,
+        "noise must be given for stochastic rounding and no other, got rounding stochastic",
+    ),
+    (
+        "_round_tokens",
+        {"noise": f(E, dtype=torch.float64)},
+        V,
+        "noise must be given for stochastic rounding and no other, got rounding nearest",
+    ),
+    (
+        "_round_tokens",
+        {"noise": f(E), "rounding": "stochastic"},
+        R,
+        "noise must be Double, got Float",
+    ),
+    (
+        "_round_tokens",
+        {"capacity_factor": f((), dtype=torch.float64), "min_capacity": 0},
+        V,
+        "min_capacity must be >= 1, got 0",
+    ),
+    ("_expert_choice", {"top_k": 0}, V, "top_k must be >= 1, got 0"),
+    ("_expert_choice", {"token_mask": f(T)}, R, "token_mask must be Bool, got Float"),
+    ("_pair_weights", {"num_experts": 4}, R, "router_probs must be [T, E=4], got [6, 3]"),
+    (
+        "_pair_weights",
+        {"router_probs": f(T, E).half()},
+        R,
+        "router_probs must be float32 or float64, got Half",
+    ),
+    ("_pair_weights", {"topk_weights": f(T, K).double()}, R, "topk_weights must be Float, got"),
+    ("_pair_weights", {"pair_tokens": f(9).int()}, R, "pair_tokens must be Long, got Int"),
+    ("_pair_weights", {"pair_slots": f(8).long()}, R, "pair_slots must be [P=9], got [8]"),
+    ("_pair_weights", {"pair_tokens": f(9).long() + 6}, X, "pair_tokens must be in [-1, T=6)"),
+    ("_pair_weights", {"pair_experts": f(9).long() + 3}, X, "pair_experts must be in [0, E=3)"),
+    ("_pair_weights", {"pair_slots": f(9).long() + 12}, X, "pair_slots must be in [-1, T K=12)"),
     ("_tokens_per_expert", {"num_experts": 0}, R, "num_experts must be >= 1, got 0"),
     ("_tokens_per_expert", {"topk_ids": f(T).long()}, R, "topk_ids must be [T, K], got [6]"),
 ]

@@ -87,6 +87,7 @@ def test_opcheck_private(device):
             args[0],
             weights,
             None,
+            None,
             args[1],
             hidden,
             *args[2:],

@@ -47,6 +47,18 @@ def test_experts(gated, fused, recompute):
     assert count(out.backward) == up + down + again
 
 
+def test_pairs():
+    experts = make_experts(E, H, I)
+    P = 17
+    tokens, ids = torch.arange(P) % T, torch.arange(P) % E
+    x, weights = leaf(torch.randn(T, H)), leaf(torch.rand(P))
+    op = torch.ops.moe_ext._moe_ffn_pairs
+    products = 2 * P * 3 * H * I
+    assert count(lambda: op(x, weights, ids, tokens, *experts.values())) == products
+    out = op(x, weights, ids, tokens, *experts.values()).sum()
+    assert count(out.backward) == 2 * products
+
+
 def test_linears():
     rows = leaf(torch.randn(N, H))
     weight = leaf(torch.randn(E, I, H))

@@ -106,12 +106,13 @@ def test_opcheck(device, recompute):
 def test_opcheck_private(device, save_hidden):
     inputs = make_inputs(7, 16, 8, 4, 2, device=device)
     args = [value.detach() for value in inputs.values()]
-    options = (None, None, "silu", True)
+    routing, weights = args[:3], args[3:]
+    options = (*weights, None, None, "silu", True)
     forward = torch.ops.moe_ext._moe_ffn_forward.default
-    torch.library.opcheck(forward, (*args, *options, save_hidden))
-    out, hidden, row_map, offsets = forward(*args, *options, save_hidden)
+    torch.library.opcheck(forward, (*routing, None, *options, save_hidden))
+    out, hidden, row_map, offsets = forward(*routing, None, *options, save_hidden)
     assert (hidden is not None) == save_hidden
-    backward = (out, args[0], args[1], row_map, offsets, hidden, args[3], args[4], *options)
+    backward = (out, *routing[:2], row_map, None, offsets, hidden, *options)
     for mask in ([True] * 4 + [False] * 2, [True] + [False] * 5):
         torch.library.opcheck(torch.ops.moe_ext._expert_ffn_backward.default, (*backward, mask))
 

@@ -65,18 +65,33 @@ Tensor moe_ffn(
       cast(down_bias), activation, gated, recompute);
 }
 
+Tensor moe_ffn_pairs(
+    const Tensor& tokens, const Tensor& pair_weights, const Tensor& pair_experts,
+    const Tensor& pair_tokens, const Tensor& gate_up_proj, const Tensor& down_proj,
+    const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
+    c10::string_view activation, bool gated, c10::string_view recompute) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  static const auto op = find_op<decltype(moe_ffn_pairs)>("moe_ext::_moe_ffn_pairs");
+  const Cast cast(tokens);
+  return op.call(
+      cast(tokens), pair_weights, pair_experts, pair_tokens, cast(gate_up_proj), cast(down_proj),
+      cast(gate_up_bias), cast(down_bias), activation, gated, recompute);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, AutocastCPU, m) {
   m.impl("_grouped_linear", grouped_linear);
   m.impl("expert_ffn", expert_ffn);
   m.impl("moe_ffn", moe_ffn);
+  m.impl("_moe_ffn_pairs", moe_ffn_pairs);
 }
 
 TORCH_LIBRARY_IMPL(moe_ext, AutocastCUDA, m) {
   m.impl("_grouped_linear", grouped_linear);
   m.impl("expert_ffn", expert_ffn);
   m.impl("moe_ffn", moe_ffn);
+  m.impl("_moe_ffn_pairs", moe_ffn_pairs);
 }
 
 }  // namespace moe_ext::autocast

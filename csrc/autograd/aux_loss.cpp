@@ -7,12 +7,14 @@ class LoadBalancingLoss : public torch::autograd::Function<LoadBalancingLoss> {
  public:
   static Tensor forward(
       AutogradContext* ctx, const Tensor& router_probs, const Tensor& topk_ids,
-      const OptionalTensor& token_mask, bool normalize_by_topk) {
+      const OptionalTensor& token_mask, bool normalize_by_topk, const c10::SymInt& num_sequences,
+      const OptionalTensor& expert_share) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     static const auto op = find_op<std::tuple<Tensor, Tensor>(
-        const Tensor&, const Tensor&, const OptionalTensor&, bool)>(
-        "moe_ext::_load_balancing_loss_forward");
-    auto [loss, grad_row] = op.call(router_probs, topk_ids, token_mask, normalize_by_topk);
+        const Tensor&, const Tensor&, const OptionalTensor&, bool, c10::SymInt,
+        const OptionalTensor&)>("moe_ext::_load_balancing_loss_forward");
+    auto [loss, grad_row] =
+        op.call(router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share);
     ctx->save_for_backward({grad_row, topk_ids, token_mask.value_or(Tensor())});
     ctx->saved_data["dtype"] = static_cast<int64_t>(router_probs.scalar_type());
     ctx->set_materialize_grads(false);
@@ -20,7 +22,7 @@ class LoadBalancingLoss : public torch::autograd::Function<LoadBalancingLoss> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
-    variable_list grads(4);
+    variable_list grads(6);
     if (!grad[0].defined()) return grads;
     const auto saved = ctx->get_saved_variables();
     {
@@ -63,8 +65,9 @@ class RouterZLoss : public torch::autograd::Function<RouterZLoss> {
 
 Tensor load_balancing_loss(
     const Tensor& router_probs, const Tensor& topk_ids, const OptionalTensor& token_mask,
-    bool normalize_by_topk) {
-  return LoadBalancingLoss::apply(router_probs, topk_ids, token_mask, normalize_by_topk);
+    bool normalize_by_topk, c10::SymInt num_sequences, const OptionalTensor& expert_share) {
+  return LoadBalancingLoss::apply(
+      router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share);
 }
 
 Tensor router_z_loss(const Tensor& router_logits, const OptionalTensor& token_mask) {

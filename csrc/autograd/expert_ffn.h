@@ -10,12 +10,14 @@ using ExpertFfnGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 // What both operators save, in this order. `hidden` is undefined under recompute="hidden".
 inline void save_expert_ffn(
     AutogradContext* ctx, const Tensor& tokens, const OptionalTensor& weights,
-    const OptionalTensor& row_map, const Tensor& expert_offsets, const Tensor& hidden,
-    const Tensor& gate_up_proj, const Tensor& down_proj, const OptionalTensor& gate_up_bias,
-    const OptionalTensor& down_bias, c10::string_view activation, bool gated) {
+    const OptionalTensor& row_map, const OptionalTensor& pair_tokens, const Tensor& expert_offsets,
+    const Tensor& hidden, const Tensor& gate_up_proj, const Tensor& down_proj,
+    const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
+    c10::string_view activation, bool gated) {
   ctx->save_for_backward(
-      {tokens, weights.value_or(Tensor()), row_map.value_or(Tensor()), expert_offsets, hidden,
-       gate_up_proj, down_proj, gate_up_bias.value_or(Tensor()), down_bias.value_or(Tensor())});
+      {tokens, weights.value_or(Tensor()), row_map.value_or(Tensor()),
+       pair_tokens.value_or(Tensor()), expert_offsets, hidden, gate_up_proj, down_proj,
+       gate_up_bias.value_or(Tensor()), down_bias.value_or(Tensor())});
   ctx->saved_data["activation"] = std::string(activation);
   ctx->saved_data["gated"] = gated;
   ctx->set_materialize_grads(false);
@@ -27,14 +29,15 @@ inline ExpertFfnGrads expert_ffn_backward(
     std::array<bool, 6> output_mask) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   static const auto op = find_op<ExpertFfnGrads(
-      const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-      const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-      const OptionalTensor&, c10::string_view, bool, std::array<bool, 6>)>(
+      const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+      const OptionalTensor&, const OptionalTensor&, c10::string_view, bool, std::array<bool, 6>)>(
       "moe_ext::_expert_ffn_backward");
   return op.call(
-      grad_out, saved[0], as_optional(saved[1]), as_optional(saved[2]), saved[3],
-      as_optional(saved[4]), saved[5], saved[6], as_optional(saved[7]), as_optional(saved[8]),
-      ctx->saved_data["activation"].toStringView(), ctx->saved_data["gated"].toBool(), output_mask);
+      grad_out, saved[0], as_optional(saved[1]), as_optional(saved[2]), as_optional(saved[3]),
+      saved[4], as_optional(saved[5]), saved[6], saved[7], as_optional(saved[8]),
+      as_optional(saved[9]), ctx->saved_data["activation"].toStringView(),
+      ctx->saved_data["gated"].toBool(), output_mask);
 }
 
 // hidden is kept for backward if there will be one and it is not to be recomputed. (An unknown

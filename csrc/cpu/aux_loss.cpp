@@ -20,11 +20,12 @@ int64_t num_blocks(int64_t T) { return (T + kTokensPerBlock - 1) / kTokensPerBlo
 
 // kernels
 
-// counts[e] += the number of ids that name e, over the unmasked tokens.
+// counts[e] += the number of ids that name e, over the unmasked tokens of [begin, end).
 template <class Id>
 void count_kernel(
-    const Id* ids, const bool* mask, int64_t T, int64_t K, int64_t E, int64_t* counts) {
-  for (int64_t t = 0; t < T; ++t) {
+    const Id* ids, const bool* mask, int64_t begin, int64_t end, int64_t K, int64_t E,
+    int64_t* counts) {
+  for (int64_t t = begin; t < end; ++t) {
     if (mask && !mask[t]) continue;
     for (int64_t k = 0; k < K; ++k) {
       if (is_valid(ids[t * K + k], E)) ++counts[ids[t * K + k]];
@@ -36,61 +37,95 @@ int64_t count_unmasked(const bool* mask, int64_t T) {
   return mask ? std::count(mask, mask + T, true) : T;
 }
 
-// The sum of fn(begin, end) over the blocks of tokens.
+// The sum of fn(begin, end) over the blocks of tokens [first, last).
 template <class Fn>
-double sum_over_blocks(int64_t T, const Fn& fn) {
-  std::vector<double> partial(num_blocks(T), 0.0);
-  at::parallel_for(0, num_blocks(T), 1, [&](int64_t begin, int64_t end) {
+double sum_over_blocks(int64_t first, int64_t last, const Fn& fn) {
+  const int64_t blocks = num_blocks(last - first);
+  std::vector<double> partial(blocks, 0.0);
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      partial[b] = fn(b * kTokensPerBlock, std::min(T, (b + 1) * kTokensPerBlock));
+      const int64_t token = first + b * kTokensPerBlock;
+      partial[b] = fn(token, std::min(last, token + kTokensPerBlock));
     }
   });
   return std::accumulate(partial.begin(), partial.end(), 0.0);
 }
 
+// The sum over unmasked tokens of the entropy of their probabilities.
+template <class T>
+double sum_entropies(const T* probs, int64_t E, const bool* mask, int64_t begin, int64_t end) {
+  double sum = 0;
+  for (int64_t t = begin; t < end; ++t) {
+    if (mask && !mask[t]) continue;
+    T entropy = 0;
+    for (int64_t e = 0; e < E; ++e) {
+      const T p = probs[t * E + e];
+      if (p > 0) entropy -= p * std::log(p);
+    }
+    sum += entropy;
+  }
+  return sum;
+}
+
 // operators
 
-std::vector<int64_t> count_experts(const at::Tensor& topk_ids_, const bool* mask, int64_t E) {
+std::vector<int64_t> count_experts(
+    const at::Tensor& topk_ids_, const bool* mask, int64_t begin, int64_t end, int64_t E) {
   const at::Tensor topk_ids = topk_ids_.contiguous();
   std::vector<int64_t> counts(E, 0);
   if (topk_ids.scalar_type() == at::kLong) {
     count_kernel(
-        topk_ids.const_data_ptr<int64_t>(), mask, topk_ids.size(0), topk_ids.size(1), E,
-        counts.data());
+        topk_ids.const_data_ptr<int64_t>(), mask, begin, end, topk_ids.size(1), E, counts.data());
   } else {
     count_kernel(
-        topk_ids.const_data_ptr<int32_t>(), mask, topk_ids.size(0), topk_ids.size(1), E,
-        counts.data());
+        topk_ids.const_data_ptr<int32_t>(), mask, begin, end, topk_ids.size(1), E, counts.data());
   }
   return counts;
 }
 
 std::tuple<at::Tensor, at::Tensor> load_balancing_loss_forward(
-    const at::Tensor& router_probs, const at::Tensor& topk_ids,
-    const std::optional<at::Tensor>& token_mask, bool normalize_by_topk) {
-  check_load_balancing_loss(router_probs, topk_ids, token_mask);
-  const int64_t T = router_probs.size(0), E = router_probs.size(1), K = topk_ids.size(1);
+    const at::Tensor& router_probs, const at::Tensor& topk_ids_,
+    const std::optional<at::Tensor>& token_mask, bool normalize_by_topk, int64_t num_sequences,
+    const std::optional<at::Tensor>& expert_share) {
+  check_load_balancing_loss(router_probs, topk_ids_, token_mask, num_sequences, expert_share);
+  const int64_t T = router_probs.size(0), E = router_probs.size(1), K = topk_ids_.size(1);
+  const int64_t length = T / num_sequences;
+  const at::Tensor topk_ids = topk_ids_.contiguous();
   const at::Tensor probs = contiguous_in(router_probs, compute_dtype(router_probs.scalar_type()));
+  const at::Tensor share = contiguous_in(expert_share, at::kDouble);
   const at::Tensor mask_tensor = contiguous_in(token_mask, at::kBool);
   const bool* mask = data_or_null<bool>(mask_tensor);
-  const std::vector<int64_t> counts = count_experts(topk_ids, mask, E);
-  const double num_tokens = static_cast<double>(count_unmasked(mask, T));
-  auto outputs = empty_load_balancing_loss_outputs(router_probs);
+  std::vector<int64_t> unmasked;  // tokens of each sequence
+  for (int64_t s = 0; s < num_sequences; ++s) {
+    unmasked.push_back(mask ? count_unmasked(mask + s * length, length) : length);
+  }
+  const auto used = static_cast<double>(
+      std::count_if(unmasked.begin(), unmasked.end(), [](int64_t n) { return n > 0; }));
+  auto outputs = empty_load_balancing_loss_outputs(router_probs, num_sequences);
   MOE_DISPATCH_COMPUTE(probs.scalar_type(), "load_balancing_loss", [&] {
     const scalar_t* p = probs.const_data_ptr<scalar_t>();
     scalar_t* grad_row = std::get<1>(outputs).mutable_data_ptr<scalar_t>();
-    for (int64_t e = 0; e < E; ++e) {
-      const double choices = num_tokens * (normalize_by_topk ? K : 1);
-      grad_row[e] =
-          num_tokens > 0
-              ? static_cast<scalar_t>(static_cast<double>(E) * counts[e] / choices / num_tokens)
-              : scalar_t(0);
-    }
-    // loss = sum_t <grad_row, probs[t]>
     const auto& kernels = router_kernels_for(probs.scalar_type());
-    const double loss = sum_over_blocks(T, [&](int64_t begin, int64_t end) {
-      return kernels.sum_dots(p, grad_row, E, mask, begin, end);
-    });
+    double loss = 0;
+    for (int64_t s = 0; s < num_sequences; ++s, grad_row += E) {
+      const int64_t first = s * length, last = first + length;
+      const auto num_tokens = static_cast<double>(unmasked[s]);
+      const std::vector<int64_t> counts =
+          share.defined() ? std::vector<int64_t>() : count_experts(topk_ids, mask, first, last, E);
+      const double choices = num_tokens * (normalize_by_topk ? K : 1);
+      const double share_scale = normalize_by_topk ? 1 : K;
+      for (int64_t e = 0; e < E; ++e) {
+        const double f =
+            share.defined() ? share_scale * share.const_data_ptr<double>()[e] : counts[e] / choices;
+        grad_row[e] = unmasked[s] > 0
+                          ? static_cast<scalar_t>(static_cast<double>(E) * f / num_tokens / used)
+                          : scalar_t(0);
+      }
+      // loss = sum_t <grad_row, probs[t]>
+      loss += sum_over_blocks(first, last, [&](int64_t begin, int64_t end) {
+        return kernels.sum_dots(p, grad_row, E, mask, begin, end);
+      });
+    }
     *std::get<0>(outputs).mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(loss);
   });
   return outputs;
@@ -98,9 +133,10 @@ std::tuple<at::Tensor, at::Tensor> load_balancing_loss_forward(
 
 at::Tensor load_balancing_loss(
     const at::Tensor& router_probs, const at::Tensor& topk_ids,
-    const std::optional<at::Tensor>& token_mask, bool normalize_by_topk) {
-  return std::get<0>(
-      load_balancing_loss_forward(router_probs, topk_ids, token_mask, normalize_by_topk));
+    const std::optional<at::Tensor>& token_mask, bool normalize_by_topk, int64_t num_sequences,
+    const std::optional<at::Tensor>& expert_share) {
+  return std::get<0>(load_balancing_loss_forward(
+      router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share));
 }
 
 at::Tensor load_balancing_loss_backward(
@@ -111,7 +147,8 @@ at::Tensor load_balancing_loss_backward(
   const at::Tensor mask_tensor = contiguous_in(token_mask, at::kBool);
   const bool* mask = data_or_null<bool>(mask_tensor);
   const at::Tensor grad_probs = empty_grad_router_probs(grad_row, topk_ids);
-  const int64_t E = grad_row.size(0);
+  const int64_t E = grad_row.size(1);
+  const int64_t length = topk_ids.size(0) / grad_row.size(0);
   MOE_DISPATCH_COMPUTE(grad_row.scalar_type(), "load_balancing_loss_backward", [&] {
     const scalar_t g = *grad_loss.const_data_ptr<scalar_t>();
     const scalar_t* row = grad_row.const_data_ptr<scalar_t>();
@@ -119,7 +156,8 @@ at::Tensor load_balancing_loss_backward(
     at::parallel_for(0, topk_ids.size(0), kTokensPerBlock, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const bool counts = !mask || mask[t];
-        for (int64_t e = 0; e < E; ++e) out[t * E + e] = counts ? g * row[e] : scalar_t(0);
+        const scalar_t* from = row + t / length * E;
+        for (int64_t e = 0; e < E; ++e) out[t * E + e] = counts ? g * from[e] : scalar_t(0);
       }
     });
   });
@@ -134,10 +172,10 @@ at::Tensor router_z_loss(
       contiguous_in(router_logits, compute_dtype(router_logits.scalar_type()));
   const at::Tensor mask_tensor = contiguous_in(token_mask, at::kBool);
   const bool* mask = data_or_null<bool>(mask_tensor);
-  const at::Tensor out = empty_router_z_loss(router_logits);
+  const at::Tensor out = empty_mean(router_logits);
   const auto& kernels = router_kernels_for(logits.scalar_type());
   const void* z = logits.const_data_ptr();
-  const double sum = sum_over_blocks(T, [&](int64_t begin, int64_t end) {
+  const double sum = sum_over_blocks(0, T, [&](int64_t begin, int64_t end) {
     std::vector<char> scratch(kernels.scratch_bytes(E, 0));
     return kernels.z_loss(z, E, mask, begin, end, scratch.data());
   });
@@ -171,8 +209,27 @@ at::Tensor router_z_loss_backward(
 at::Tensor tokens_per_expert(const at::Tensor& topk_ids, int64_t num_experts) {
   check_tokens_per_expert(topk_ids, num_experts);
   const at::Tensor out = empty_tokens_per_expert(topk_ids, num_experts);
-  const std::vector<int64_t> counts = count_experts(topk_ids, nullptr, num_experts);
+  const std::vector<int64_t> counts =
+      count_experts(topk_ids, nullptr, 0, topk_ids.size(0), num_experts);
   std::copy(counts.begin(), counts.end(), out.mutable_data_ptr<int64_t>());
+  return out;
+}
+
+at::Tensor router_entropy(
+    const at::Tensor& router_probs, const std::optional<at::Tensor>& token_mask) {
+  check_router_entropy(router_probs, token_mask);
+  const int64_t T = router_probs.size(0), E = router_probs.size(1);
+  const at::Tensor probs = contiguous_in(router_probs, compute_dtype(router_probs.scalar_type()));
+  const at::Tensor mask_tensor = contiguous_in(token_mask, at::kBool);
+  const bool* mask = data_or_null<bool>(mask_tensor);
+  const at::Tensor out = empty_mean(router_probs);
+  const int64_t num_tokens = count_unmasked(mask, T);
+  MOE_DISPATCH_COMPUTE(probs.scalar_type(), "router_entropy", [&] {
+    const scalar_t* p = probs.const_data_ptr<scalar_t>();
+    const double sum = sum_over_blocks(
+        0, T, [&](int64_t begin, int64_t end) { return sum_entropies(p, E, mask, begin, end); });
+    out.fill_(num_tokens > 0 ? sum / static_cast<double>(num_tokens) : 0.0);
+  });
   return out;
 }
 
@@ -185,6 +242,7 @@ TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
   m.impl("router_z_loss", router_z_loss);
   m.impl("_router_z_loss_backward", router_z_loss_backward);
   m.impl("_tokens_per_expert", tokens_per_expert);
+  m.impl("_router_entropy", router_entropy);
 }
 
 }  // namespace moe_ext::cpu

@@ -68,9 +68,10 @@ int64_t count_active(const std::vector<int64_t>& offsets) {
 }  // namespace
 
 ExpertRows moe_rows(
-    const char* op, const at::Tensor& row_map, const at::Tensor& expert_offsets,
-    const at::Tensor& weights_, at::ScalarType compute) {
-  const int64_t K = row_map.size(1);
+    const char* op, const at::Tensor& row_map, const at::Tensor& pair_tokens,
+    const at::Tensor& expert_offsets, const at::Tensor& weights_, at::ScalarType compute) {
+  const int64_t* token_of_pair = data_or_null<int64_t>(pair_tokens);
+  const int64_t K = pair_tokens.defined() ? 1 : row_map.size(1);
   ExpertRows rows;
   rows.offsets = read_offsets(op, expert_offsets, row_map.numel());
   rows.slot = invert_row_map(op, row_map, row_map.numel());
@@ -81,7 +82,11 @@ ExpertRows moe_rows(
         rows.slot[r] >= 0, op,
         ": row_map must name every row before expert_offsets[E]=", rows.size(),
         ", got none for row ", r);
-    rows.token[r] = static_cast<int32_t>(rows.slot[r] / K);
+    const int64_t slot = rows.slot[r];
+    rows.token[r] = static_cast<int32_t>(token_of_pair ? token_of_pair[slot] : slot / K);
+    TORCH_CHECK_INDEX(
+        rows.token[r] >= 0, op, ": pair_tokens must be >= 0 for a pair with a row, got ",
+        rows.token[r]);
   }
   for (size_t e = 0; e + 1 < rows.offsets.size(); ++e) {
     TORCH_CHECK_INDEX(
@@ -295,22 +300,26 @@ at::Tensor expert_ffn(
 
 ExpertFfnGrads expert_ffn_backward_op(
     const at::Tensor& grad_out, const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& row_map, const at::Tensor& expert_offsets,
-    const std::optional<at::Tensor>& hidden, const at::Tensor& gate_up_proj,
-    const at::Tensor& down_proj, const std::optional<at::Tensor>& gate_up_bias,
-    const std::optional<at::Tensor>& down_bias, c10::string_view activation, bool gated,
-    std::array<bool, 6> output_mask) {
+    const std::optional<at::Tensor>& row_map, const std::optional<at::Tensor>& pair_tokens_,
+    const at::Tensor& expert_offsets, const std::optional<at::Tensor>& hidden,
+    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    c10::string_view activation, bool gated, std::array<bool, 6> output_mask) {
   constexpr const char* op = "_expert_ffn_backward";
   const ExpertWeights experts{gate_up_proj, down_proj, gate_up_bias, down_bias};
   const Activation parsed = check_expert_ffn_backward(
-      grad_out, tokens, weights, row_map, expert_offsets, hidden, experts, activation, gated);
+      grad_out, tokens, weights, row_map, pair_tokens_, expert_offsets, hidden, experts, activation,
+      gated);
   const at::ScalarType compute = compute_dtype(tokens.scalar_type());
-  const ExpertRows rows = row_map ? moe_rows(op, *row_map, expert_offsets, *weights, compute)
-                                  : ExpertRows{
-                                        read_offsets(op, expert_offsets, tokens.size(0)),
-                                        {},
-                                        {},
-                                        contiguous_in(weights, compute)};
+  const at::Tensor pair_tokens =
+      pair_tokens_ ? read_pair_tokens(op, *pair_tokens_, tokens.size(0)) : at::Tensor();
+  const ExpertRows rows =
+      row_map ? moe_rows(op, *row_map, pair_tokens, expert_offsets, *weights, compute)
+              : ExpertRows{
+                    read_offsets(op, expert_offsets, tokens.size(0)),
+                    {},
+                    {},
+                    contiguous_in(weights, compute)};
 
   ExpertFfnGrads outputs = empty_expert_ffn_grads(tokens, weights, experts, output_mask);
   auto& [grad_tokens, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias] =

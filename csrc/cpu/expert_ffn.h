@@ -20,11 +20,12 @@ struct ExpertRows {
   const int32_t* token_data() const { return token.empty() ? nullptr : token.data(); }
 };
 
-// The rows of moe_ffn: weights [T, K] in slot order. Also checks that row_map and expert_offsets
-// fit each other, on which the kernels rely.
+// The rows of moe_ffn: weights [T, K] in slot order, or, with pair_tokens (read_pair_tokens, else
+// undefined), [P]. Also checks that row_map and expert_offsets fit each other, on which the kernels
+// rely.
 ExpertRows moe_rows(
-    const char* op, const at::Tensor& row_map, const at::Tensor& expert_offsets,
-    const at::Tensor& weights, at::ScalarType compute);
+    const char* op, const at::Tensor& row_map, const at::Tensor& pair_tokens,
+    const at::Tensor& expert_offsets, const at::Tensor& weights, at::ScalarType compute);
 
 // out [T, H] receives the weighted sum of each token's rows; hidden [N, W] the pre-activation, if
 // defined (rows past the last expert's are not touched).

@@ -12,17 +12,23 @@ namespace {
 // operators
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
-    const at::Tensor& tokens, const at::Tensor& topk_weights, const at::Tensor& topk_ids,
-    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
-    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
-    c10::string_view activation, bool gated, bool save_hidden) {
-  constexpr const char* op = "moe_ffn";
+    const at::Tensor& tokens, const at::Tensor& weights, const at::Tensor& ids,
+    const std::optional<at::Tensor>& pair_tokens_, const at::Tensor& gate_up_proj,
+    const at::Tensor& down_proj, const std::optional<at::Tensor>& gate_up_bias,
+    const std::optional<at::Tensor>& down_bias, c10::string_view activation, bool gated,
+    bool save_hidden) {
+  const char* op = pair_tokens_ ? "_moe_ffn_pairs" : "moe_ffn";
   const ExpertWeights experts{gate_up_proj, down_proj, gate_up_bias, down_bias};
   const Activation parsed =
-      check_moe_ffn(tokens, topk_weights, topk_ids, experts, activation, gated);
-  const Plan plan = make_plan(op, topk_ids, gate_up_proj.size(0));
+      check_moe_ffn(tokens, weights, ids, pair_tokens_, experts, activation, gated);
+  const int64_t T = tokens.size(0), E = gate_up_proj.size(0);
+  const at::Tensor pair_tokens =
+      pair_tokens_ ? read_pair_tokens(op, *pair_tokens_, T) : at::Tensor();
+  const Plan plan =
+      pair_tokens_ ? make_pair_plan(op, ids, pair_tokens, T, E) : make_plan(op, ids, E);
   const ExpertRows rows = moe_rows(
-      op, plan.row_map, plan.expert_offsets, topk_weights, compute_dtype(tokens.scalar_type()));
+      op, plan.row_map, pair_tokens, plan.expert_offsets, weights,
+      compute_dtype(tokens.scalar_type()));
   const at::Tensor out = at::empty(tokens.sizes(), tokens.options());
   const at::Tensor hidden =
       save_hidden ? empty_hidden(tokens, plan.row_map.numel(), gate_up_proj) : at::Tensor();
@@ -37,14 +43,26 @@ at::Tensor moe_ffn(
     c10::string_view activation, bool gated, c10::string_view recompute) {
   parse_recompute("moe_ffn", recompute);
   return std::get<0>(moe_ffn_forward(
-      tokens, topk_weights, topk_ids, gate_up_proj, down_proj, gate_up_bias, down_bias, activation,
-      gated, false));
+      tokens, topk_weights, topk_ids, std::nullopt, gate_up_proj, down_proj, gate_up_bias,
+      down_bias, activation, gated, false));
+}
+
+at::Tensor moe_ffn_pairs(
+    const at::Tensor& tokens, const at::Tensor& pair_weights, const at::Tensor& pair_experts,
+    const at::Tensor& pair_tokens, const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    c10::string_view activation, bool gated, c10::string_view recompute) {
+  parse_recompute("_moe_ffn_pairs", recompute);
+  return std::get<0>(moe_ffn_forward(
+      tokens, pair_weights, pair_experts, pair_tokens, gate_up_proj, down_proj, gate_up_bias,
+      down_bias, activation, gated, false));
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
   m.impl("moe_ffn", moe_ffn);
+  m.impl("_moe_ffn_pairs", moe_ffn_pairs);
   m.impl("_moe_ffn_forward", moe_ffn_forward);
 }
 

@@ -1,4 +1,4 @@
-// Where every slot (t, k) goes: a stable counting sort of the slots by expert.
+// Where every slot (t, k), or pair, goes: a stable counting sort by expert.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,17 +12,18 @@
 namespace moe_ext::cpu {
 
 struct Plan {
-  at::Tensor row_map;         // [T, K] int32, -1 for a skipped slot
+  at::Tensor row_map;         // [T, K] or [P] int32, -1 for a skipped slot
   at::Tensor expert_offsets;  // [E + 1] int32
 };
 
+// The slots in `order` (or as they come), grouped by expert.
 template <class Id>
 void plan_kernel(
-    const char* op, const Id* ids, int64_t num_slots, int64_t num_experts, int32_t* row_map,
-    int32_t* expert_offsets) {
+    const char* op, const char* argument, const Id* ids, const int32_t* order, int64_t num_slots,
+    int64_t num_experts, int32_t* row_map, int32_t* expert_offsets) {
   std::vector<int64_t> next(num_experts, 0);
   for (int64_t slot = 0; slot < num_slots; ++slot) {
-    TORCH_CHECK_INDEX(ids[slot] >= -1, op, ": topk_ids must be >= -1, got ", ids[slot]);
+    TORCH_CHECK_INDEX(ids[slot] >= -1, op, ": ", argument, " must be >= -1, got ", ids[slot]);
     if (is_valid(ids[slot], num_experts)) ++next[ids[slot]];
   }
   int64_t offset = 0;
@@ -31,24 +32,41 @@ void plan_kernel(
     offset += std::exchange(next[e], offset);
   }
   expert_offsets[num_experts] = static_cast<int32_t>(offset);
-  for (int64_t slot = 0; slot < num_slots; ++slot) {
+  for (int64_t i = 0; i < num_slots; ++i) {
+    const int64_t slot = order ? order[i] : i;
     const Id id = ids[slot];
     row_map[slot] = is_valid(id, num_experts) ? static_cast<int32_t>(next[id]++) : -1;
   }
 }
 
+// The pairs by token, stable; tokens [P] in [0, T), or -1: last.
+inline std::vector<int32_t> order_by_token(const int64_t* tokens, int64_t P, int64_t T) {
+  const auto bucket = [T](int64_t token) { return token < 0 ? T : token; };
+  std::vector<int64_t> next(T + 1, 0);
+  for (int64_t p = 0; p < P; ++p) ++next[bucket(tokens[p])];
+  int64_t offset = 0;
+  for (int64_t& n : next) offset += std::exchange(n, offset);
+  std::vector<int32_t> order(P);
+  for (int64_t p = 0; p < P; ++p) order[next[bucket(tokens[p])]++] = static_cast<int32_t>(p);
+  return order;
+}
+
+inline void check_slot_count(const char* op, const char* argument, const at::Tensor& ids) {
+  TORCH_CHECK(
+      ids.numel() <= std::numeric_limits<int32_t>::max(), op, ": ", argument,
+      " must have fewer than 2^31 slots, got ", ids.numel());
+}
+
 // The plan of topk_ids [T, K].
 inline Plan make_plan(const char* op, const at::Tensor& topk_ids_, int64_t num_experts) {
   const at::Tensor topk_ids = topk_ids_.contiguous();
-  TORCH_CHECK(
-      topk_ids.numel() <= std::numeric_limits<int32_t>::max(), op,
-      ": topk_ids must have fewer than 2^31 slots, got ", topk_ids.numel());
+  check_slot_count(op, "topk_ids", topk_ids);
   const auto [row_map, expert_offsets] = empty_plan(topk_ids, num_experts);
   const Plan plan{row_map, expert_offsets};
   const auto run = [&](const auto* ids) {
     plan_kernel(
-        op, ids, topk_ids.numel(), num_experts, plan.row_map.mutable_data_ptr<int32_t>(),
-        plan.expert_offsets.mutable_data_ptr<int32_t>());
+        op, "topk_ids", ids, nullptr, topk_ids.numel(), num_experts,
+        plan.row_map.mutable_data_ptr<int32_t>(), plan.expert_offsets.mutable_data_ptr<int32_t>());
   };
   if (topk_ids.scalar_type() == at::kLong) {
     run(topk_ids.const_data_ptr<int64_t>());
@@ -56,6 +74,38 @@ inline Plan make_plan(const char* op, const at::Tensor& topk_ids_, int64_t num_e
     run(topk_ids.const_data_ptr<int32_t>());
   }
   return plan;
+}
+
+// pair_tokens [P] as numbers, checked: in [-1, T).
+inline at::Tensor read_pair_tokens(const char* op, const at::Tensor& pair_tokens_, int64_t T) {
+  const at::Tensor pair_tokens = contiguous_in(pair_tokens_, at::kLong);
+  const int64_t* tokens = pair_tokens.const_data_ptr<int64_t>();
+  for (int64_t p = 0; p < pair_tokens.numel(); ++p) {
+    TORCH_CHECK_INDEX(
+        tokens[p] >= -1 && tokens[p] < T, op, ": pair_tokens must be in [-1, T=", T, "), got ",
+        tokens[p]);
+  }
+  return pair_tokens;
+}
+
+// The plan of pairs [P] in any order. pair_tokens: read_pair_tokens.
+inline Plan make_pair_plan(
+    const char* op, const at::Tensor& pair_experts, const at::Tensor& pair_tokens, int64_t T,
+    int64_t num_experts) {
+  check_slot_count(op, "pair_experts", pair_experts);
+  const at::Tensor experts = contiguous_in(pair_experts, at::kLong);
+  const int64_t* expert = experts.const_data_ptr<int64_t>();
+  const int64_t* token = pair_tokens.const_data_ptr<int64_t>();
+  std::vector<int64_t> used(expert, expert + experts.numel());
+  for (size_t p = 0; p < used.size(); ++p) {
+    if (token[p] < 0) used[p] = -1;
+  }
+  const std::vector<int32_t> order = order_by_token(token, experts.numel(), T);
+  const auto [row_map, expert_offsets] = empty_plan(pair_experts, num_experts);
+  plan_kernel(
+      op, "pair_experts", used.data(), order.data(), experts.numel(), num_experts,
+      row_map.mutable_data_ptr<int32_t>(), expert_offsets.mutable_data_ptr<int32_t>());
+  return {row_map, expert_offsets};
 }
 
 // expert_offsets as numbers, checked: ascending from 0, the last at most num_rows.
@@ -72,7 +122,7 @@ inline std::vector<int64_t> read_offsets(
   return offsets;
 }
 
-// The slot (flat index into row_map [T, K]) of every row; -1 where no slot has the row.
+// The slot (flat index into row_map) of every row; -1 where no slot has the row.
 inline std::vector<int32_t> invert_row_map(
     const char* op, const at::Tensor& row_map_, int64_t num_rows) {
   const at::Tensor row_map = row_map_.contiguous();

@@ -84,18 +84,18 @@ at::Tensor expert_ffn(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
-    const at::Tensor& tokens, const at::Tensor& topk_weights, const at::Tensor& topk_ids,
-    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
-    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
-    c10::string_view activation, bool gated, bool save_hidden) {
+    const at::Tensor& tokens, const at::Tensor& weights, const at::Tensor& ids,
+    const std::optional<at::Tensor>& pair_tokens, const at::Tensor& gate_up_proj,
+    const at::Tensor& down_proj, const std::optional<at::Tensor>& gate_up_bias,
+    const std::optional<at::Tensor>& down_bias, c10::string_view activation, bool gated,
+    bool save_hidden) {
   check_moe_ffn(
-      tokens, topk_weights, topk_ids, {gate_up_proj, down_proj, gate_up_bias, down_bias},
+      tokens, weights, ids, pair_tokens, {gate_up_proj, down_proj, gate_up_bias, down_bias},
       activation, gated);
-  const auto [row_map, expert_offsets] = empty_plan(topk_ids, gate_up_proj.sym_size(0));
-  const c10::SymInt num_rows = topk_ids.sym_size(0) * topk_ids.sym_size(1);
+  const auto [row_map, expert_offsets] = empty_plan(ids, gate_up_proj.sym_size(0));
   return {
       empty_contiguous(tokens),
-      save_hidden ? empty_hidden(tokens, num_rows, gate_up_proj) : at::Tensor(), row_map,
+      save_hidden ? empty_hidden(tokens, ids.sym_numel(), gate_up_proj) : at::Tensor(), row_map,
       expert_offsets};
 }
 
@@ -106,20 +106,32 @@ at::Tensor moe_ffn(
     c10::string_view activation, bool gated, c10::string_view recompute) {
   parse_recompute("moe_ffn", recompute);
   return std::get<0>(moe_ffn_forward(
-      tokens, topk_weights, topk_ids, gate_up_proj, down_proj, gate_up_bias, down_bias, activation,
-      gated, false));
+      tokens, topk_weights, topk_ids, std::nullopt, gate_up_proj, down_proj, gate_up_bias,
+      down_bias, activation, gated, false));
+}
+
+at::Tensor moe_ffn_pairs(
+    const at::Tensor& tokens, const at::Tensor& pair_weights, const at::Tensor& pair_experts,
+    const at::Tensor& pair_tokens, const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    c10::string_view activation, bool gated, c10::string_view recompute) {
+  parse_recompute("_moe_ffn_pairs", recompute);
+  return std::get<0>(moe_ffn_forward(
+      tokens, pair_weights, pair_experts, pair_tokens, gate_up_proj, down_proj, gate_up_bias,
+      down_bias, activation, gated, false));
 }
 
 ExpertFfnGrads expert_ffn_backward(
     const at::Tensor& grad_out, const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& row_map, const at::Tensor& expert_offsets,
-    const std::optional<at::Tensor>& hidden, const at::Tensor& gate_up_proj,
-    const at::Tensor& down_proj, const std::optional<at::Tensor>& gate_up_bias,
-    const std::optional<at::Tensor>& down_bias, c10::string_view activation, bool gated,
-    std::array<bool, 6> output_mask) {
+    const std::optional<at::Tensor>& row_map, const std::optional<at::Tensor>& pair_tokens,
+    const at::Tensor& expert_offsets, const std::optional<at::Tensor>& hidden,
+    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    c10::string_view activation, bool gated, std::array<bool, 6> output_mask) {
   const ExpertWeights experts{gate_up_proj, down_proj, gate_up_bias, down_bias};
   check_expert_ffn_backward(
-      grad_out, tokens, weights, row_map, expert_offsets, hidden, experts, activation, gated);
+      grad_out, tokens, weights, row_map, pair_tokens, expert_offsets, hidden, experts, activation,
+      gated);
   return empty_expert_ffn_grads(tokens, weights, experts, output_mask);
 }
 
@@ -135,6 +147,7 @@ TORCH_LIBRARY_IMPL(moe_ext, Meta, m) {
   m.impl("expert_ffn", expert_ffn);
   m.impl("_expert_ffn_forward", expert_ffn_forward);
   m.impl("moe_ffn", moe_ffn);
+  m.impl("_moe_ffn_pairs", moe_ffn_pairs);
   m.impl("_moe_ffn_forward", moe_ffn_forward);
   m.impl("_expert_ffn_backward", expert_ffn_backward);
 }

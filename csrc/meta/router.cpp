@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "ops/aux_loss.h"
+#include "ops/pairs.h"
 #include "ops/router_logits.h"
 #include "ops/topk_router.h"
 
@@ -49,16 +50,18 @@ at::Tensor router_weights_backward(
 
 std::tuple<at::Tensor, at::Tensor> load_balancing_loss_forward(
     const at::Tensor& router_probs, const at::Tensor& topk_ids,
-    const std::optional<at::Tensor>& token_mask, bool) {
-  check_load_balancing_loss(router_probs, topk_ids, token_mask);
-  return empty_load_balancing_loss_outputs(router_probs);
+    const std::optional<at::Tensor>& token_mask, bool, c10::SymInt num_sequences,
+    const std::optional<at::Tensor>& expert_share) {
+  check_load_balancing_loss(router_probs, topk_ids, token_mask, num_sequences, expert_share);
+  return empty_load_balancing_loss_outputs(router_probs, num_sequences);
 }
 
 at::Tensor load_balancing_loss(
     const at::Tensor& router_probs, const at::Tensor& topk_ids,
-    const std::optional<at::Tensor>& token_mask, bool normalize_by_topk) {
-  return std::get<0>(
-      load_balancing_loss_forward(router_probs, topk_ids, token_mask, normalize_by_topk));
+    const std::optional<at::Tensor>& token_mask, bool normalize_by_topk, c10::SymInt num_sequences,
+    const std::optional<at::Tensor>& expert_share) {
+  return std::get<0>(load_balancing_loss_forward(
+      router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share));
 }
 
 at::Tensor load_balancing_loss_backward(
@@ -71,7 +74,7 @@ at::Tensor load_balancing_loss_backward(
 at::Tensor router_z_loss(
     const at::Tensor& router_logits, const std::optional<at::Tensor>& token_mask) {
   check_router_z_loss(router_logits, token_mask);
-  return empty_router_z_loss(router_logits);
+  return empty_mean(router_logits);
 }
 
 at::Tensor router_z_loss_backward(
@@ -84,6 +87,55 @@ at::Tensor router_z_loss_backward(
 at::Tensor tokens_per_expert(const at::Tensor& topk_ids, c10::SymInt num_experts) {
   check_tokens_per_expert(topk_ids, num_experts);
   return empty_tokens_per_expert(topk_ids, num_experts);
+}
+
+at::Tensor router_entropy(
+    const at::Tensor& router_probs, const std::optional<at::Tensor>& token_mask) {
+  check_router_entropy(router_probs, token_mask);
+  return empty_mean(router_probs);
+}
+
+at::Tensor apply_capacity(
+    const at::Tensor& topk_weights, const at::Tensor& topk_ids, const at::Tensor& capacity_factor,
+    c10::SymInt num_experts, c10::SymInt min_capacity, c10::string_view drop_policy) {
+  check_apply_capacity(
+      topk_weights, topk_ids, capacity_factor, num_experts, min_capacity, drop_policy);
+  return empty_kept_ids(topk_ids);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_tokens(
+    const at::Tensor& router_probs, const at::Tensor& topk_weights, const at::Tensor& topk_ids,
+    c10::SymInt tile_size, c10::string_view rounding,
+    const std::optional<at::Tensor>& capacity_factor, c10::SymInt min_capacity,
+    const std::optional<at::Tensor>& noise) {
+  const Rounding parsed = check_round_tokens(
+      router_probs, topk_weights, topk_ids, tile_size, rounding, capacity_factor, min_capacity,
+      noise);
+  return empty_round_tokens_outputs(router_probs, topk_ids, tile_size, parsed);
+}
+
+std::tuple<at::Tensor, at::Tensor> expert_choice(
+    const at::Tensor& router_probs, const std::optional<at::Tensor>& token_mask,
+    c10::SymInt top_k) {
+  check_expert_choice(router_probs, token_mask, top_k);
+  return empty_expert_choice_outputs(router_probs, top_k);
+}
+
+at::Tensor pair_weights(
+    const at::Tensor& topk_weights, const at::Tensor& router_probs, const at::Tensor& pair_tokens,
+    const at::Tensor& pair_experts, const std::optional<at::Tensor>& pair_slots,
+    c10::SymInt num_experts, double) {
+  check_pair_weights(
+      topk_weights, router_probs, pair_tokens, pair_experts, pair_slots, num_experts);
+  return empty_pair_weights(router_probs, pair_tokens);
+}
+
+std::tuple<at::Tensor, at::Tensor> pair_weights_backward(
+    const at::Tensor& grad, const at::Tensor& topk_weights, const at::Tensor& pair_tokens,
+    const at::Tensor& pair_experts, const std::optional<at::Tensor>& pair_slots,
+    c10::SymInt num_experts, double, std::array<bool, 2> output_mask) {
+  check_pair_weights_backward(grad, topk_weights, pair_tokens, pair_experts, pair_slots);
+  return empty_pair_weights_grads(topk_weights, num_experts, output_mask);
 }
 
 }  // namespace
@@ -100,6 +152,12 @@ TORCH_LIBRARY_IMPL(moe_ext, Meta, m) {
   m.impl("router_z_loss", router_z_loss);
   m.impl("_router_z_loss_backward", router_z_loss_backward);
   m.impl("_tokens_per_expert", tokens_per_expert);
+  m.impl("_router_entropy", router_entropy);
+  m.impl("_apply_capacity", apply_capacity);
+  m.impl("_round_tokens", round_tokens);
+  m.impl("_expert_choice", expert_choice);
+  m.impl("_pair_weights", pair_weights);
+  m.impl("_pair_weights_backward", pair_weights_backward);
 }
 
 }  // namespace moe_ext::meta

@@ -8,11 +8,18 @@
 //   router_probs  [T, E]  float
 //   topk_ids      [T, K]  int64 or int32
 //   token_mask    [T]     bool or none: False tokens count nowhere
-//   grad_row      [E]     the loss's gradient by router_probs, the same row for every token
+//   expert_share  [E]     float or none: f, where it is counted elsewhere (over all ranks, say)
+//   grad_row      [S, E]  the loss's gradient by router_probs, a row for every token of a sequence
+//
+// With num_sequences = S the tokens are S sequences of equal length, one after the other, and the
+// loss is the mean of the sequences' own losses, over those that have an unmasked token.
 //
 // router_z_loss: mean over T' tokens of logsumexp(logits_t)^2.
 //
 // _tokens_per_expert: how many of topk_ids [T, K] name each expert, [E] int64.
+//
+// _router_entropy: the mean over T' tokens of -sum_e p_e log p_e of router_probs, in nats; no
+// gradient.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -33,7 +40,8 @@ inline void check_token_mask(
 
 inline void check_load_balancing_loss(
     const at::Tensor& router_probs, const at::Tensor& topk_ids,
-    const std::optional<at::Tensor>& token_mask) {
+    const std::optional<at::Tensor>& token_mask, const c10::SymInt& num_sequences,
+    const std::optional<at::Tensor>& expert_share) {
   constexpr const char* op = "load_balancing_loss";
   check_float(op, "router_probs", router_probs);
   check_shape(op, "router_probs", router_probs, {{"T"}, {"E"}});
@@ -43,12 +51,24 @@ inline void check_load_balancing_loss(
   check_positive(op, "topk_ids", "K", topk_ids.sym_size(1));
   check_device(op, "topk_ids", topk_ids, router_probs.device());
   check_token_mask(op, token_mask, router_probs);
+  TORCH_CHECK_VALUE(num_sequences >= 1, op, ": num_sequences must be >= 1, got ", num_sequences);
+  TORCH_SYM_CHECK(
+      (router_probs.sym_size(0) % num_sequences).sym_eq(0), op,
+      ": num_sequences must divide T=", router_probs.sym_size(0), ", got ", num_sequences);
+  if (expert_share) {
+    check_float(op, "expert_share", *expert_share);
+    check_shape(op, "expert_share", *expert_share, {{"E", router_probs.sym_size(1)}});
+    check_device(op, "expert_share", *expert_share, router_probs.device());
+    TORCH_CHECK_VALUE(
+        num_sequences == 1, op, ": expert_share must go with num_sequences=1, got ", num_sequences);
+  }
 }
 
 inline std::tuple<at::Tensor, at::Tensor> empty_load_balancing_loss_outputs(
-    const at::Tensor& router_probs) {
+    const at::Tensor& router_probs, const c10::SymInt& num_sequences) {
   const auto options = router_probs.options().dtype(compute_dtype(router_probs.scalar_type()));
-  return {at::empty({}, options), at::empty_symint({router_probs.sym_size(1)}, options)};
+  return {
+      at::empty({}, options), at::empty_symint({num_sequences, router_probs.sym_size(1)}, options)};
 }
 
 inline void check_load_balancing_loss_backward(
@@ -56,14 +76,22 @@ inline void check_load_balancing_loss_backward(
     const std::optional<at::Tensor>& token_mask) {
   constexpr const char* op = "_load_balancing_loss_backward";
   check_operand(op, "grad_loss", grad_loss, grad_row, {});
-  check_shape(op, "grad_row", grad_row, {{"E"}});
+  check_shape(op, "grad_row", grad_row, {{"S"}, {"E"}});
   check_shape(op, "topk_ids", topk_ids, {{"T"}, {"K"}});
   check_device(op, "topk_ids", topk_ids, grad_row.device());
   check_token_mask(op, token_mask, topk_ids);
 }
 
 inline at::Tensor empty_grad_router_probs(const at::Tensor& grad_row, const at::Tensor& topk_ids) {
-  return at::empty_symint({topk_ids.sym_size(0), grad_row.sym_size(0)}, grad_row.options());
+  return at::empty_symint({topk_ids.sym_size(0), grad_row.sym_size(1)}, grad_row.options());
+}
+
+inline void check_router_entropy(
+    const at::Tensor& router_probs, const std::optional<at::Tensor>& token_mask) {
+  constexpr const char* op = "_router_entropy";
+  check_float(op, "router_probs", router_probs);
+  check_shape(op, "router_probs", router_probs, {{"T"}, {"E"}});
+  check_token_mask(op, token_mask, router_probs);
 }
 
 inline void check_router_z_loss(
@@ -75,8 +103,9 @@ inline void check_router_z_loss(
   check_token_mask(op, token_mask, router_logits);
 }
 
-inline at::Tensor empty_router_z_loss(const at::Tensor& router_logits) {
-  return at::empty({}, router_logits.options().dtype(compute_dtype(router_logits.scalar_type())));
+// Of a mean over the tokens of `rows` [T, E].
+inline at::Tensor empty_mean(const at::Tensor& rows) {
+  return at::empty({}, rows.options().dtype(compute_dtype(rows.scalar_type())));
 }
 
 inline void check_router_z_loss_backward(

@@ -90,11 +90,19 @@ inline at::Tensor empty_hidden(
 using ExpertFfnGrads =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+// pair_tokens [P] of pairs whose experts (or rows) are `like` [P].
+inline void check_pair_tokens(
+    const char* op, const at::Tensor& pair_tokens, const at::Tensor& like) {
+  check_ids_dtype(op, "pair_tokens", pair_tokens);
+  check_shape(op, "pair_tokens", pair_tokens, {{"P", like.sym_size(0)}});
+  check_device(op, "pair_tokens", pair_tokens, like.device());
+}
+
 inline Activation check_expert_ffn_backward(
     const at::Tensor& grad_out, const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
-    const std::optional<at::Tensor>& row_map, const at::Tensor& expert_offsets,
-    const std::optional<at::Tensor>& hidden, const ExpertWeights& experts,
-    c10::string_view activation, bool gated) {
+    const std::optional<at::Tensor>& row_map, const std::optional<at::Tensor>& pair_tokens,
+    const at::Tensor& expert_offsets, const std::optional<at::Tensor>& hidden,
+    const ExpertWeights& experts, c10::string_view activation, bool gated) {
   constexpr const char* op = "_expert_ffn_backward";
   check_float(op, "tokens", tokens);
   check_shape(op, "tokens", tokens, {{"T"}, {"H"}});
@@ -105,11 +113,18 @@ inline Activation check_expert_ffn_backward(
   c10::SymInt num_rows = T;
   if (row_map) {
     check_dtype(op, "row_map", *row_map, at::kInt);
-    check_shape(op, "row_map", *row_map, {{"T", T}, {"K"}});
     check_device(op, "row_map", *row_map, tokens.device());
     TORCH_CHECK(weights, op, ": weights must be given with row_map, got None");
-    check_shape(op, "weights", *weights, {{"T", T}, {"K", row_map->sym_size(1)}});
-    num_rows = T * row_map->sym_size(1);
+    if (pair_tokens) {
+      check_shape(op, "row_map", *row_map, {{"P"}});
+      check_shape(op, "weights", *weights, {{"P", row_map->sym_size(0)}});
+      check_pair_tokens(op, *pair_tokens, *row_map);
+      num_rows = row_map->sym_size(0);
+    } else {
+      check_shape(op, "row_map", *row_map, {{"T", T}, {"K"}});
+      check_shape(op, "weights", *weights, {{"T", T}, {"K", row_map->sym_size(1)}});
+      num_rows = T * row_map->sym_size(1);
+    }
   } else if (weights) {
     check_shape(op, "weights", *weights, {{"N", T}});
   }

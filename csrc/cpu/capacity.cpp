@@ -1,0 +1,70 @@
+#include "ops/capacity.h"
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "common/token_rounding.h"
+#include "cpu/select.h"
+
+namespace moe_ext::cpu {
+namespace {
+
+// kernels
+
+template <class T>
+void keep_highest_weights(
+    const T* weights, const SlotsByExpert& slots, int64_t E, int64_t capacity, int64_t* kept) {
+  at::parallel_for(0, E, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; ++e) {
+      for (const int64_t slot : slots.best(e, weights, capacity)) kept[slot] = e;
+    }
+  });
+}
+
+void keep_earliest(
+    const int64_t* ids, int64_t T, int64_t K, int64_t E, int64_t capacity, int64_t* kept) {
+  std::vector<int64_t> used(E, 0);
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t slot = k; slot < T * K; slot += K) {
+      const int64_t e = ids[slot];
+      if (e >= 0 && e < E && used[e] < capacity) {
+        kept[slot] = e;
+        ++used[e];
+      }
+    }
+  }
+}
+
+// operators
+
+at::Tensor apply_capacity(
+    const at::Tensor& topk_weights, const at::Tensor& topk_ids, const at::Tensor& capacity_factor,
+    int64_t num_experts, int64_t min_capacity, c10::string_view drop_policy) {
+  const bool by_weight = check_apply_capacity(
+      topk_weights, topk_ids, capacity_factor, num_experts, min_capacity, drop_policy);
+  const at::Tensor ids_tensor = contiguous_in(topk_ids, at::kLong);
+  const int64_t* ids = ids_tensor.const_data_ptr<int64_t>();
+  const int64_t T = topk_ids.size(0), K = topk_ids.size(1), E = num_experts;
+  const SlotsByExpert slots(ids, T * K, E);
+  const int64_t capacity = capacity_of(
+      *capacity_factor.const_data_ptr<double>(), slots.offsets[E],
+      count_routed_tokens(ids, T, K, E), E, min_capacity);
+  const at::Tensor kept_ids = empty_kept_ids(topk_ids).fill_(-1);
+  int64_t* kept = kept_ids.mutable_data_ptr<int64_t>();
+  if (by_weight) {
+    const at::Tensor weights =
+        contiguous_in(topk_weights, compute_dtype(topk_weights.scalar_type()));
+    MOE_DISPATCH_COMPUTE(weights.scalar_type(), "apply_capacity", [&] {
+      keep_highest_weights(weights.const_data_ptr<scalar_t>(), slots, E, capacity, kept);
+    });
+  } else {
+    keep_earliest(ids, T, K, E, capacity, kept);
+  }
+  return kept_ids;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("_apply_capacity", apply_capacity); }
+
+}  // namespace moe_ext::cpu
