@@ -45,7 +45,15 @@ from moe_ext.ops import (  # noqa: E402
     topk_router,
     unpermute,
 )
-from moe_ext.routers import RouterOutput, TopKRouter  # noqa: E402
+from moe_ext.routers import (  # noqa: E402
+    ExpertChoiceRouter,
+    GivenIdsRouter,
+    HierarchicalRouter,
+    NoisyTopKRouter,
+    RouterOutput,
+    TopKRouter,
+    hash_ids,
+)
 
 
 def build_info() -> dict[str, object]:
@@ -74,15 +82,20 @@ def set_cpu_isa(name: str) -> None:
 
 
 __all__ = [
+    "ExpertChoiceRouter",
+    "GivenIdsRouter",
     "GroupedExperts",
+    "HierarchicalRouter",
     "MoE",
     "MoEConfig",
+    "NoisyTopKRouter",
     "RouterOutput",
     "TopKRouter",
     "__version__",
     "build_info",
     "cpu_isa",
     "expert_ffn",
+    "hash_ids",
     "load_balancing_loss",
     "moe_ffn",
     "permute",

@@ -1,6 +1,8 @@
 """The Mixture-of-Experts layer: thin modules over the operators."""
 
 import dataclasses
+import inspect
+import math
 import warnings
 from typing import NamedTuple
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ext import ops
-from moe_ext.routers import TopKRouter
+from moe_ext.routers import RouterOutput, TopKRouter
 
 
 class _Experts(nn.Module):
@@ -106,19 +108,30 @@ class GroupedExperts(_Experts):
         slots = tokens.new_empty(0, 1)
         torch.func.functional_call(self, on_meta, (tokens, slots, slots.long()))
 
-    def forward(self, tokens: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """tokens [T, H], topk_weights [T, K], topk_ids [T, K] -> [T, H]: `moe_ext.moe_ffn`."""
-        return ops.moe_ffn(
-            tokens,
-            topk_weights,
-            topk_ids,
-            getattr(self, self._up_name),
-            self.down_proj,
-            gate_up_bias=getattr(self, f"{self._up_name}_bias", None),
-            down_bias=getattr(self, "down_proj_bias", None),
-            activation=self.activation,
-            gated=self.gated,
-            recompute=self.recompute,
+    def forward(
+        self,
+        tokens: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        pair_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """tokens [T, H], topk_weights [T, K], topk_ids [T, K] -> [T, H]: `moe_ext.moe_ffn`.
+
+        With pair_tokens [P] the weights and ids are [P] too: a list of pairs in any order, for
+        tokens with a varying number of experts; -1 marks an unused one.
+        """
+        weights = (getattr(self, self._up_name), self.down_proj)
+        options = {
+            "gate_up_bias": getattr(self, f"{self._up_name}_bias", None),
+            "down_bias": getattr(self, "down_proj_bias", None),
+            "activation": self.activation,
+            "gated": self.gated,
+            "recompute": self.recompute,
+        }
+        if pair_tokens is None:
+            return ops.moe_ffn(tokens, topk_weights, topk_ids, *weights, **options)
+        return torch.ops.moe_ext._moe_ffn_pairs.default(
+            tokens, topk_weights, topk_ids, pair_tokens, *weights, **options
         )
 
 
@@ -219,28 +232,28 @@ class MoE(nn.Module):
         hidden_size, intermediate_size, num_experts, top_k: H, I, E, K.
         activation, gated: see `moe_ext.expert_ffn`.
         bias: on both projections of the experts.
-        router: a module tokens [T, H], topk_ids=None -> RouterOutput; None: a `TopKRouter` of
-            the arguments up to topk_groups.
+        router: a module tokens [T, H], topk_ids=None -> RouterOutput (see `moe_ext.routers`), which
+            then has the routing's options; None: a `TopKRouter` of the arguments here.
         score_function, renormalize, scaling_factor, temperature, jitter, num_groups, topk_groups:
             see `TopKRouter`.
-        balance: "aux_loss": the load-balancing loss with coefficient aux_loss_coef; "none":
-            without; "bias" is not available yet, nor is bias_update_rate, which goes with it.
+        balance: "aux_loss": the load-balancing loss with coefficient aux_loss_coef; "bias": a bias
+            that is added to the scores for the choice only and moves by bias_update_rate when
+            `router.update_expert_bias()` is called after an optimizer step; "none": without.
         aux_loss_coef, z_loss_coef: coefficients of `moe_ext.load_balancing_loss` (with balance=
             "aux_loss") and `moe_ext.router_z_loss`.
         inject_aux_loss: add the losses' gradient in backward, unscaled, for training scripts that
             can't be changed. A script that scales its loss (GradScaler, division by the number of
             micro-batches) does not scale these gradients; take the loss yourself there.
-        capacity_factor, eval_capacity_factor, min_capacity, drop_policy: dropping over a capacity;
-            None is dropless, others are not available yet.
-        tile_size, rounding: token rounding; None is off, others are not available yet.
+        capacity_factor, eval_capacity_factor, min_capacity, drop_policy: dropping over a capacity,
+            see `TopKRouter`; None is dropless. A token that lost all its slots comes out as zero.
+        tile_size, rounding: token rounding in training, see `TopKRouter`; None is off.
         shared_intermediate_size: size of a shared expert that is added for every token; 0: none.
         recompute: what backward recomputes: "activation" keeps x and the pre-activation, "hidden"
             only x.
         init_std: standard deviation of all weights at initialization.
 
     Raises:
-        ValueError for options, RuntimeError for shapes and dtypes, NotImplementedError for what
-        is not available yet.
+        ValueError for options, RuntimeError for shapes and dtypes.
     """
 
     def __init__(
@@ -295,19 +308,6 @@ class MoE(nn.Module):
             ">= 0",
             shared_intermediate_size,
         )
-        _need(min_capacity >= 1, "min_capacity", ">= 1", min_capacity)
-        _need(drop_policy in ("probs", "position"), "drop_policy", "probs or position", drop_policy)
-        roundings = ("nearest", "up", "down", "stochastic", "balanced")
-        _need(rounding in roundings, "rounding", f"one of {', '.join(roundings)}", rounding)
-        for name, wanted in {
-            "balance='bias'": balance == "bias",
-            "capacity_factor": capacity_factor is not None,
-            "eval_capacity_factor": eval_capacity_factor is not None,
-            "tile_size": tile_size is not None,
-        }.items():
-            if wanted:
-                raise NotImplementedError(f"MoE: {name} is not available yet")
-
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
@@ -316,21 +316,34 @@ class MoE(nn.Module):
         self.z_loss_coef = z_loss_coef
         self.inject_aux_loss = inject_aux_loss
         common = {"init_std": init_std, "device": device, "dtype": dtype}
+        routing = {
+            "score_function": score_function,
+            "renormalize": renormalize,
+            "scaling_factor": scaling_factor,
+            "temperature": temperature,
+            "jitter": jitter,
+            "num_groups": num_groups,
+            "topk_groups": topk_groups,
+            "bias_update_rate": bias_update_rate,
+            "capacity_factor": capacity_factor,
+            "eval_capacity_factor": eval_capacity_factor,
+            "min_capacity": min_capacity,
+            "drop_policy": drop_policy,
+            "tile_size": tile_size,
+            "rounding": rounding,
+        }
         if router is None:
-            router = TopKRouter(
-                hidden_size,
-                num_experts,
-                top_k,
-                score_function=score_function,
-                renormalize=renormalize,
-                scaling_factor=scaling_factor,
-                temperature=temperature,
-                jitter=jitter,
-                num_groups=num_groups,
-                topk_groups=topk_groups,
-                **common,
-            )
+            if balance != "bias":
+                routing["bias_update_rate"] = None
+            router = TopKRouter(hidden_size, num_experts, top_k, **routing, **common)
+        else:
+            for name, value in routing.items():
+                default = MoEConfig.__dataclass_fields__[name].default
+                _need(value == default, name, "left to the router where one is given", value)
+            has_bias = getattr(router, "expert_bias", None) is not None
+            _need(balance != "bias" or has_bias, "router", "one with bias_update_rate", router)
         self.router = router
+        self._router_takes_mask = "token_mask" in inspect.signature(router.forward).parameters
         ffn = {"activation": activation, "gated": gated, "recompute": recompute, **common}
         self.experts = GroupedExperts(num_experts, hidden_size, intermediate_size, bias=bias, **ffn)
         self.shared_expert = (
@@ -345,6 +358,7 @@ class MoE(nn.Module):
         self.register_buffer("_dropped", counts.new_zeros(()), persistent=False)
         injected = torch.zeros((), device=device, dtype=torch.float32)
         self.register_buffer("_injected_loss", injected, persistent=False)
+        self._monitor_totals: Tensor | None = None  # of moe_ext.monitor, while it watches
         self._aux_loss: Tensor | None = None
         self._aux_loss_was_taken = True
         self._warned = False
@@ -407,16 +421,12 @@ class MoE(nn.Module):
             tokens = tokens.masked_fill(~token_mask.unsqueeze(1), 0)
         if topk_ids is not None:
             topk_ids = topk_ids.reshape(-1, topk_ids.shape[-1])
-        routed = self.router(tokens, topk_ids)
-        ids = routed.topk_ids
-        if token_mask is not None:
-            ids = ids.masked_fill(~token_mask.unsqueeze(1), -1)
-        y = self.experts(tokens, routed.topk_weights, ids)
+        routed = self._route(tokens, topk_ids, token_mask)
+        y = self.experts(tokens, *self._assignment(routed))
         if self.shared_expert is not None:
             y = y + self.shared_expert(tokens)  # zeros in, zeros out for masked tokens
-        counts = torch.ops.moe_ext._tokens_per_expert.default(ids, self.num_experts)
-        self._tokens_per_expert.copy_(counts)
-        loss = self._losses(routed, token_mask)
+        loss = self._losses(routed, token_mask, math.prod(x.shape[:-2]))
+        self._record(routed, token_mask, loss)
         if self.inject_aux_loss:
             y = _InjectGradient.apply(y, loss)
             loss = loss.detach()
@@ -441,13 +451,63 @@ class MoE(nn.Module):
                 f"MoE: topk_ids must be {list(x.shape[:-1])} and K, got {list(topk_ids.shape)}"
             )
 
-    def _losses(self, routed, token_mask: Tensor | None) -> Tensor:
+    def _route(
+        self, tokens: Tensor, topk_ids: Tensor | None, token_mask: Tensor | None
+    ) -> RouterOutput:
+        """The router's output, without masked tokens whether it knows of masks or not."""
+        if token_mask is None:
+            return self.router(tokens, topk_ids)
+        knows = {"token_mask": token_mask} if self._router_takes_mask else {}
+        routed = self.router(tokens, topk_ids, **knows)
+        masked = ~token_mask
+        if routed.pairs is not None and not knows:
+            pair_tokens, pair_experts, pair_weights = routed.pairs
+            is_masked = masked[pair_tokens.clamp(min=0)]
+            pair_experts = pair_experts.masked_fill(is_masked, -1)
+            routed = routed._replace(pairs=(pair_tokens, pair_experts, pair_weights))
+        return routed._replace(topk_ids=routed.topk_ids.masked_fill(masked.unsqueeze(1), -1))
+
+    @staticmethod
+    def _assignment(routed: RouterOutput) -> tuple[Tensor, ...]:
+        """Weights, ids and, of pairs, tokens: what the experts run."""
+        if routed.pairs is None:
+            return routed.topk_weights, routed.topk_ids
+        pair_tokens, pair_experts, pair_weights = routed.pairs
+        return pair_weights, pair_experts, pair_tokens
+
+    def _record(self, routed: RouterOutput, token_mask: Tensor | None, loss: Tensor) -> None:
+        """Keeps the statistics of this forward."""
+
+        def count(ids: Tensor) -> Tensor:
+            return torch.ops.moe_ext._tokens_per_expert.default(ids, self.num_experts)
+
+        ids = routed.topk_ids if routed.pairs is None else routed.pairs[1].unsqueeze(1)
+        self._tokens_per_expert.copy_(count(ids))
+        if routed.chosen_ids is None:
+            self._dropped.zero_()
+        else:
+            self._dropped.copy_(count(routed.chosen_ids).sum() - count(routed.topk_ids).sum())
+        if self._monitor_totals is not None and self.training:
+            entropy = torch.ops.moe_ext._router_entropy.default(
+                routed.router_probs.detach(), token_mask
+            )
+            scalars = torch.stack(
+                [self._dropped.double(), entropy.double(), loss.detach().double()]
+            )
+            once = torch.cat([self._tokens_per_expert.double(), scalars, scalars.new_ones(1)])
+            torch.ops.moe_ext._add_once.default(self._monitor_totals, once)
+
+    def _losses(
+        self, routed: RouterOutput, token_mask: Tensor | None, num_sequences: int
+    ) -> Tensor:
         """The losses with their coefficients: a float32 scalar."""
         loss = torch.zeros((), device=routed.router_probs.device)
         if self.aux_loss_coef:
-            balance = ops.load_balancing_loss(
-                routed.router_probs, routed.topk_ids, token_mask=token_mask
-            )
+            if isinstance(self.router, TopKRouter):
+                balance = self.router.load_balancing_loss(routed, token_mask, num_sequences)
+            else:
+                ids = routed.topk_ids if routed.chosen_ids is None else routed.chosen_ids
+                balance = ops.load_balancing_loss(routed.router_probs, ids, token_mask=token_mask)
             loss = loss + (self.aux_loss_coef * balance).float()
         if self.z_loss_coef:
             z_loss = ops.router_z_loss(routed.router_logits, token_mask=token_mask)
@@ -477,7 +537,13 @@ class MoE(nn.Module):
 
     def __getstate__(self) -> dict:
         # The last loss hangs on its graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "_aux_loss": None, "_aux_loss_was_taken": True}
+        # A copy is not the one that the monitor watches.
+        return {
+            **self.__dict__,
+            "_aux_loss": None,
+            "_aux_loss_was_taken": True,
+            "_monitor_totals": None,
+        }
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, balance={self.balance}"

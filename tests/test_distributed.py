@@ -1,6 +1,8 @@
-"""DDP and FSDP2 on two gloo processes: the gradients of one process on all the tokens."""
+"""Two gloo processes, DDP and FSDP2: gradients, losses and biases of one on all the tokens."""
 
+import copy
 import os
+import pickle
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import relative_error
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import moe_ext
 
@@ -117,6 +120,62 @@ def fsdp(rank: int, folder: str) -> None:
         assert torch.equal(other(x), expected_output)
 
 
+def balanced_layer(**options) -> moe_ext.MoE:
+    torch.manual_seed(0)
+    router = moe_ext.TopKRouter(H, 5, 2, init_std=0.5, **options)
+    return moe_ext.MoE(H, 12, 5, 2, init_std=0.3, router=router)
+
+
+def bias(rank: int) -> None:
+    """Two ranks, two micro-batches each, DDP and checkpointing: the bias of one process."""
+    plain = balanced_layer(bias_update_rate=0.1)
+    layer = balanced_layer(bias_update_rate=0.1, process_group=dist.group.WORLD)
+    model = nn.parallel.DistributedDataParallel(layer)
+    for step in range(3):
+        batches = [make_tokens(r, 2 * step + part) for r in range(WORLD) for part in range(2)]
+        mine = batches[2 * rank : 2 * rank + 2]
+        with model.no_sync():
+            model(mine[0]).sum().backward()
+        checkpoint(model, mine[1].requires_grad_(), use_reentrant=False).sum().backward()
+        for batch in batches:
+            plain(batch)
+        own = sum(
+            torch.bincount(layer.router.eval()(x).topk_ids.flatten(), minlength=5) for x in mine
+        )
+        layer.router.train()
+        counters = layer.router._counters
+        assert torch.equal(counters[0] - counters[1], own)  # no buffer of rank 0's came over it
+        layer.router.update_expert_bias()
+        plain.router.update_expert_bias()
+        assert torch.equal(layer.router.expert_bias, plain.router.expert_bias)
+    assert layer.router.expert_bias.any()
+    # A copy belongs to the same ranks; a pickle to none.
+    assert copy.deepcopy(layer).router.process_group is dist.group.WORLD
+    assert pickle.loads(pickle.dumps(layer)).router.process_group is None
+
+
+def aux_loss_over_all_ranks(rank: int) -> None:
+    """Its mean over ranks, and the averaged gradient, are those of all tokens in one process."""
+    layer = balanced_layer(process_group=dist.group.WORLD)
+    model = nn.parallel.DistributedDataParallel(layer)
+    plain = balanced_layer()
+    for masked in (False, True):
+        layer.zero_grad()
+        plain.zero_grad()
+        x = [make_tokens(r, 0) for r in range(WORLD)]
+        # As many tokens on each rank, since a rank's own mean over them is P.
+        masks = [torch.arange(24).roll(5 * r) % 3 > 0 if masked else None for r in range(WORLD)]
+        y, loss = model(x[rank], return_aux_loss=True, token_mask=masks[rank])
+        (loss + 0 * y.sum()).backward()  # DDP waits for every parameter
+        mask = torch.cat(masks) if masked else None
+        _, expected = plain(torch.cat(x), return_aux_loss=True, token_mask=mask)
+        expected.backward()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        assert relative_error(mean / WORLD, expected.detach()) < 1e-5
+        assert relative_error(layer.router.weight.grad, plain.router.weight.grad) < 1e-4
+
+
 def run_rank(rank: int, store: str, job, arguments) -> None:
     torch.set_num_threads(1)
     # A store in a file has no thread that could outlive the process group.
@@ -130,7 +189,7 @@ def run_rank(rank: int, store: str, job, arguments) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("job", [ddp, fsdp])
-def test_gradients_equal_one_process(job, tmp_path):
+@pytest.mark.parametrize("job", [ddp, fsdp, bias, aux_loss_over_all_ranks])
+def test_equals_one_process(job, tmp_path):
     arguments = (str(tmp_path / "checkpoint"),) if job is fsdp else ()
     mp.spawn(run_rank, (str(tmp_path / "store"), job, arguments), nprocs=WORLD)

@@ -482,12 +482,16 @@ BAD_OPTIONS = [
         ValueError,
         "MoE: shared_intermediate_size must be >= 0, got -1",
     ),
-    ({"min_capacity": 0}, ValueError, "MoE: min_capacity must be >= 1, got 0"),
-    ({"drop_policy": "x"}, ValueError, "MoE: drop_policy must be probs or position, got 'x'"),
+    ({"min_capacity": 0}, ValueError, "TopKRouter: min_capacity must be >= 1, got 0"),
+    (
+        {"drop_policy": "x"},
+        ValueError,
+        "TopKRouter: drop_policy must be probs or position, got 'x'",
+    ),
     (
         {"rounding": "x"},
         ValueError,
-        "MoE: rounding must be one of nearest, up, down, stochastic, balanced, got 'x'",
+        "TopKRouter: rounding must be one of nearest, up, down, stochastic, balanced, got 'x'",
     ),
     ({"activation": "swish"}, ValueError, "moe_ffn: activation must be silu, "),
     (
@@ -505,14 +509,28 @@ BAD_OPTIONS = [
     ({"num_groups": 4}, ValueError, "topk_router: num_groups must divide E=6, got 4"),
     ({"temperature": 0.0}, ValueError, "TopKRouter: temperature must be > 0, got 0.0"),
     ({"jitter": 1.0}, ValueError, "TopKRouter: jitter must be in [0, 1), got 1.0"),
-    ({"balance": "bias"}, NotImplementedError, "MoE: balance='bias' is not available yet"),
-    ({"capacity_factor": 1.0}, NotImplementedError, "MoE: capacity_factor is not available yet"),
+    ({"capacity_factor": 0.0}, ValueError, "TopKRouter: capacity_factor must be > 0, got 0.0"),
     (
-        {"eval_capacity_factor": 1.0},
-        NotImplementedError,
-        "MoE: eval_capacity_factor is not available yet",
+        {"eval_capacity_factor": -1.0},
+        ValueError,
+        "TopKRouter: eval_capacity_factor must be > 0, got -1.0",
     ),
-    ({"tile_size": 128}, NotImplementedError, "MoE: tile_size is not available yet"),
+    ({"tile_size": 0}, ValueError, "TopKRouter: tile_size must be >= 1, got 0"),
+    (
+        {"balance": "bias", "bias_update_rate": -1.0},
+        ValueError,
+        "TopKRouter: bias_update_rate must be >= 0, got -1.0",
+    ),
+    (
+        {"router": moe_ext.TopKRouter(H, E, K), "tile_size": 64},
+        ValueError,
+        "MoE: tile_size must be left to the router where one is given, got 64",
+    ),
+    (
+        {"router": moe_ext.TopKRouter(H, E, K), "balance": "bias"},
+        ValueError,
+        "MoE: router must be one with bias_update_rate, got TopKRouter(",
+    ),
 ]
 
 
