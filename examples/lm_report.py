@@ -93,6 +93,13 @@ def status(trainer) -> str:
         text += f"  held-out {trainer.history['held_out'][-1]['bits_per_byte']:.3f} bits"
     if trainer.model.moe_layers():
         text += f"  max load {trainer.balance:.2f}"
+    if trainer.monitor is not None and (now := trainer.monitor.summary()):
+        entropy = min(layer["entropy"] for layer in now["layers"])
+        dropped = max(layer["drop_rate"] for layer in now["layers"])
+        text += (
+            f"  entropy {entropy:.2f}  dropped {dropped:.1%}  P95 {now['step_ms']['p95']:.0f} ms"
+            f"  {now['flops_utilization']:.0%} of peak"
+        )
     return text
 
 
@@ -124,6 +131,7 @@ def make_report(trainer) -> dict:
         "held_out_bits_per_byte": trainer.history["held_out"][-1]["bits_per_byte"],
         "max_over_mean_load": trainer.balance,
         "smallest_expert_share": min((min(share) for share in last), default=None),
+        "monitor": trainer.monitor.summary() if trainer.monitor is not None else None,
         "history": trainer.history,
     }
 

@@ -7,8 +7,11 @@ into training and held-out parts. `make demo` runs this; about 3 minutes on 2 CP
     python examples/train_lm.py --resume              go on after Ctrl-C, on the same curve
     python examples/train_lm.py --ffn dense           the same with a dense feed-forward network
     python examples/train_lm.py --compare             MoE beside two dense models
+    python examples/train_lm.py --monitor             what the experts do, live and in the report
+    python examples/train_lm.py --router expert_choice --balance none     see --help for more
 
-Into --out (default runs/train_lm) go checkpoint.safetensors, report.json, curves.png, sample.txt.
+Into --out (default runs/train_lm) go checkpoint.safetensors, report.json, curves.png, sample.txt;
+with --monitor also monitor.jsonl and monitor.png.
 """
 
 import argparse
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 
 import moe_ext
 from moe_ext import reference
+from moe_ext.monitor import Monitor
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -53,6 +57,10 @@ class Options:
     steps: int = 1300
     lr: float = 2e-3
     recompute: str = "activation"  # what the MoE layers recompute: activation or hidden
+    router: str = "topk"  # topk, sigmoid, noisy, expert_choice, hierarchical or hash
+    balance: str = "aux_loss"  # aux_loss, sequence (that loss per sequence), bias or none
+    capacity_factor: float = 0.0  # 0: dropless
+    tile_size: int = 0  # of token rounding; 0: none
     dtype: str = "float32"  # float64, or bfloat16 through autocast
     seed: int = 0
 
@@ -92,14 +100,48 @@ class ReferenceMoE(moe_ext.MoE):
 
 
 def make_ffn(o: Options) -> nn.Module:
-    if o.ffn == "moe_ext":  # the one line that swaps a dense FFN for ours
+    if o.ffn == "moe_ext":  # what swaps a dense FFN for ours; the first four would do
         return moe_ext.MoE(
-            o.hidden_size, o.intermediate_size, o.experts, o.top_k, recompute=o.recompute
+            o.hidden_size,
+            o.intermediate_size,
+            o.experts,
+            o.top_k,
+            recompute=o.recompute,
+            router=make_router(o),
+            balance="aux_loss" if o.balance == "sequence" else o.balance,
         )
     if o.ffn == "reference":
         return ReferenceMoE(o.hidden_size, o.intermediate_size, o.experts, o.top_k)
     count = o.top_k if o.dense_match == "active" else o.experts
     return DenseFFN(o.hidden_size, count * o.intermediate_size)
+
+
+def make_router(o: Options) -> moe_ext.TopKRouter | None:
+    """The router of the options; None: the layer's own."""
+    options = {}
+    if o.balance == "bias":
+        options["bias_update_rate"] = 1e-3
+    if o.balance == "sequence":
+        options["balance_per"] = "sequence"
+    if o.capacity_factor:
+        options |= {"capacity_factor": o.capacity_factor, "drop_policy": "probs"}
+    if o.tile_size:
+        options["tile_size"] = o.tile_size
+    if o.router == "topk" and not options:
+        return None
+    cls = moe_ext.TopKRouter
+    if o.router == "sigmoid":
+        options["score_function"] = "sigmoid"
+    elif o.router != "topk":
+        cls = {
+            "noisy": moe_ext.NoisyTopKRouter,
+            "expert_choice": moe_ext.ExpertChoiceRouter,
+            "hierarchical": moe_ext.HierarchicalRouter,
+            "hash": moe_ext.GivenIdsRouter,
+        }[o.router]
+    if o.router == "hierarchical":
+        options["num_groups"] = 2
+    return cls(o.hidden_size, o.experts, o.top_k, **options)
 
 
 class Attention(nn.Module):
@@ -154,6 +196,10 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        for index, layer in enumerate(self.moe_layers()):
+            if isinstance(layer.router, moe_ext.GivenIdsRouter):
+                ids = moe_ext.hash_ids(tokens, layer.num_experts, layer.top_k, seed=index)
+                layer.router.give(ids)
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
@@ -228,6 +274,7 @@ class Trainer:
         self.text_id = f"{zlib.crc32(self.text.numpy()):08x}"
         self.step = 0
         self.seconds = 0.0
+        self.monitor: Monitor | None = None
         self.balance = 1.0  # the largest load of an expert over the mean, in the worst layer
         self.history = {"loss": [], "seconds": [], "held_out": [], "experts": []}
 
@@ -259,8 +306,14 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        if o.balance == "bias":
+            for layer in self.model.moe_layers():
+                layer.router.update_expert_bias()
         self.step += 1
-        self.seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        if self.monitor is not None:
+            self.monitor.step(seconds)
         self.history["loss"].append(task_loss.item())
         self.history["seconds"].append(self.seconds)
         counts = [layer.last_stats.tokens_per_expert for layer in self.model.moe_layers()]
@@ -368,12 +421,16 @@ def train(
     seconds: float = math.inf,
     device: str = "cpu",
     quiet: bool = False,
+    monitor: bool = False,
 ) -> Trainer:
     """Trains to o.steps, for so many seconds, or until Ctrl-C; then the run's state is in out."""
     trainer = Trainer(o, device)
     checkpoint = out / "checkpoint.safetensors" if out else None
     if resume:
         trainer.load(checkpoint)
+    if monitor:
+        log = out / "monitor.jsonl" if out else None
+        trainer.monitor = Monitor(trainer.model, log, resume_at=trainer.step)
     evaluate_every = max(1, o.steps // 10)
     deadline = time.monotonic() + seconds
     saved_at = time.monotonic()
@@ -391,6 +448,8 @@ def train(
                 break
     if checkpoint:
         trainer.save(checkpoint)
+    if trainer.monitor is not None:
+        trainer.monitor.close()
     return trainer
 
 
@@ -421,6 +480,8 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Options, argparse.Name
         "dense_match": ["active", "parameters"],
         "recompute": ["activation", "hidden"],
         "dtype": list(DTYPES),
+        "router": ["topk", "sigmoid", "noisy", "expert_choice", "hierarchical", "hash"],
+        "balance": ["aux_loss", "sequence", "bias", "none"],
     }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -439,8 +500,18 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Options, argparse.Name
     parser.add_argument("--out", type=Path, default=Path("runs/train_lm"))
     parser.add_argument("--resume", action="store_true", help="go on from --out's checkpoint")
     parser.add_argument("--compare", action="store_true", help="train the dense twins too")
+    parser.add_argument("--monitor", action="store_true", help="watch the experts")
     parsed = parser.parse_args(arguments)
+    routing = ("router", "balance", "capacity_factor", "tile_size")
+    changed = [name for name in routing if getattr(parsed, name) != getattr(Options, name)]
+    if parsed.ffn != "moe_ext" and (changed or parsed.monitor):
+        parser.error(f"--{(changed or ['monitor'])[0].replace('_', '-')} needs --ffn moe_ext")
     options = Options(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Options)})
+    if options.ffn == "moe_ext":
+        try:
+            make_router(options)
+        except (TypeError, ValueError) as error:  # an option that this router has not
+            parser.error(str(error))
     return options, parsed
 
 
@@ -451,7 +522,14 @@ def main(arguments: list[str] | None = None) -> None:
     run.out.mkdir(parents=True, exist_ok=True)
     if run.compare:
         return compare(o, run.out, run.device)
-    trainer = train(o, out=run.out, resume=run.resume, seconds=run.seconds, device=run.device)
+    trainer = train(
+        o,
+        out=run.out,
+        resume=run.resume,
+        seconds=run.seconds,
+        device=run.device,
+        monitor=run.monitor,
+    )
     if trainer.step < o.steps:
         print(f"stopped at step {trainer.step} of {o.steps}; --resume goes on from here")
     bits = trainer.evaluate(64)
@@ -464,7 +542,11 @@ def main(arguments: list[str] | None = None) -> None:
         f"held-out: {bits:.3f} bits per byte after {trainer.seconds:.0f} s of training, "
         f"{trainer.active_parameters:,} active of {trainer.total_parameters:,} parameters"
     )
-    print(f"wrote checkpoint.safetensors, report.json, curves.png and sample.txt to {run.out}")
+    files = ["checkpoint.safetensors", "report.json", "curves.png", "sample.txt"]
+    if trainer.monitor is not None and trainer.monitor.records:
+        trainer.monitor.draw(run.out / "monitor.png")
+        files += ["monitor.jsonl", "monitor.png"]
+    print(f"wrote {', '.join(files)} to {run.out}")
 
 
 if __name__ == "__main__":

@@ -203,6 +203,11 @@ class MoEStats(NamedTuple):
     dropped: Tensor
 
 
+# What a watched layer adds up beside the counts [E] (`moe_ext.monitor`): slots dropped, entropy of
+# the router's probabilities over all tokens, losses, tokens, forwards.
+MONITORED = ("dropped", "entropy", "loss", "tokens", "forwards")
+
+
 class _InjectGradient(torch.autograd.Function):
     """Passes y on; in backward the loss receives the gradient 1."""
 
@@ -488,14 +493,38 @@ class MoE(nn.Module):
         else:
             self._dropped.copy_(count(routed.chosen_ids).sum() - count(routed.topk_ids).sum())
         if self._monitor_totals is not None and self.training:
-            entropy = torch.ops.moe_ext._router_entropy.default(
-                routed.router_probs.detach(), token_mask
-            )
-            scalars = torch.stack(
-                [self._dropped.double(), entropy.double(), loss.detach().double()]
-            )
-            once = torch.cat([self._tokens_per_expert.double(), scalars, scalars.new_ones(1)])
+            probs = routed.router_probs.detach()
+            if token_mask is None:
+                tokens = probs.new_full((), probs.shape[0])
+            else:
+                tokens = token_mask.sum()
+            entropy = torch.ops.moe_ext._router_entropy.default(probs, token_mask)
+            values = (self._dropped, entropy * tokens, loss.detach(), tokens, tokens.new_ones(()))
+            once = torch.cat([self._tokens_per_expert, torch.stack([v.double() for v in values])])
             torch.ops.moe_ext._add_once.default(self._monitor_totals, once)
+
+    @property
+    def is_monitored(self) -> bool:
+        """Whether a `moe_ext.monitor.Monitor` watches the layer."""
+        return self._monitor_totals is not None
+
+    def start_monitoring(self) -> None:
+        """Adds up, from now on, each training forward's counts and what `MONITORED` says."""
+        self._monitor_totals = torch.zeros(
+            self.num_experts + len(MONITORED),
+            dtype=torch.float64,
+            device=self._tokens_per_expert.device,
+        )
+
+    def stop_monitoring(self) -> None:
+        """The layer is as before."""
+        self._monitor_totals = None
+
+    def take_monitor_totals(self) -> Tensor:
+        """[E + len(MONITORED)] float64 of the forwards since the last call. No sync."""
+        totals = self._monitor_totals.clone()
+        self._monitor_totals.zero_()
+        return totals
 
     def _losses(
         self, routed: RouterOutput, token_mask: Tensor | None, num_sequences: int

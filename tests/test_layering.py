@@ -33,6 +33,8 @@ PYTHON_LAYERS = {
     "reference": set(),
     "routers": {"ops"},
     "layers": {"ops", "routers"},
+    "monitor": {"layers", "_monitor_figure"},
+    "_monitor_figure": set(),
     "integrations/__init__": set(),
     "integrations/transformers": {"__init__", "ops", "layers"},
 }

@@ -1,0 +1,106 @@
+"""The picture of `moe_ext.monitor`: experts over time for every layer, and curves beside them."""
+
+from pathlib import Path
+
+MOST_HEAT_MAPS = 12
+MOST_COLUMNS = 400  # of a heat map; longer runs are averaged
+
+
+def _shorten(rows: list[list[float]]) -> list[list[float]]:
+    """At most MOST_COLUMNS rows, the mean of neighbours."""
+    size = -(-len(rows) // MOST_COLUMNS)
+    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in groups]
+
+
+def _heat_map(axis, records: list[dict], index: int):
+    """Load of every expert over the mean, logarithmic, so that half and twice look alike."""
+    from matplotlib.colors import LogNorm
+
+    loads = []
+    for record in records:
+        counts = record["layers"][index]["tokens_per_expert"]
+        mean = max(sum(counts) / len(counts), 1e-9)
+        loads.append([max(count / mean, 0.1) for count in counts])
+    columns = _shorten(loads)
+    image = axis.imshow(
+        list(zip(*columns, strict=True)),
+        aspect="auto",
+        cmap="RdBu_r",
+        norm=LogNorm(0.25, 4),
+        interpolation="nearest",
+        extent=(
+            records[0]["step"] - records[0]["steps"],
+            records[-1]["step"],
+            len(columns[0]) - 0.5,
+            -0.5,
+        ),
+    )
+    axis.set_ylabel("expert", fontsize=8)
+    axis.set_title(records[0]["layers"][index]["name"], fontsize=8, loc="left", pad=2)
+    axis.tick_params(labelsize=7)
+    return image
+
+
+def draw(records: list[dict], path: str | Path) -> None:
+    """Writes the picture of the records of one run. Raises ValueError if there are none."""
+    if not records:
+        raise ValueError("Monitor.draw: there must be at least one record, got none")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [record["step"] for record in records]
+    layers = range(len(records[0]["layers"]))
+    # The layers spread over the depth of a deep model.
+    last = MOST_HEAT_MAPS - 1
+    shown = sorted({round(i * (len(layers) - 1) / last) for i in range(MOST_HEAT_MAPS)})
+    if len(layers) <= MOST_HEAT_MAPS:
+        shown = list(layers)
+    figure = plt.figure(figsize=(13, max(6.5, 1.1 * len(shown) + 1)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1])
+    maps = left.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, index in zip(maps, shown, strict=True):
+        image = _heat_map(axis, records, index)
+    maps[-1].set_xlabel("step")
+    bar = left.colorbar(image, ax=list(maps), extend="both", aspect=40, pad=0.01)
+    bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["1/4", "1/2", "1", "2", "4"])
+    bar.minorticks_off()
+    bar.set_label("load over the mean")
+
+    def series(name: str, index: int) -> list[float]:
+        return [record["layers"][index][name] for record in records]
+
+    drops = any(any(series("dropped", i)) for i in layers)
+    panels = ["load", "entropy", *(["drops"] if drops else []), "speed"]
+    axes = dict(zip(panels, right.subplots(len(panels), 1, sharex=True), strict=True))
+    colors = [plt.get_cmap("viridis")(i / max(len(layers) - 1, 1)) for i in layers]
+    for i in layers:
+        name = records[0]["layers"][i]["name"]
+        axes["load"].plot(steps, series("max_over_mean", i), color=colors[i], label=name)
+        axes["load"].plot(steps, series("min_over_mean", i), color=colors[i], linestyle=":")
+        axes["entropy"].plot(steps, series("entropy", i), color=colors[i])
+        if drops:
+            axes["drops"].plot(steps, [100 * x for x in series("drop_rate", i)], color=colors[i])
+    axes["load"].axhline(1, color="0.6", linewidth=0.8)
+    axes["load"].set(ylabel="load / mean", title="busiest expert (solid), idlest (dotted)")
+    if len(layers) <= MOST_HEAT_MAPS:
+        axes["load"].legend(fontsize=7, ncols=4)
+    axes["entropy"].set(ylabel="entropy / log E", ylim=(0, 1.02), title="router's entropy")
+    if drops:
+        axes["drops"].set(ylabel="%", title="slots dropped")
+    axes["speed"].plot(steps, [record["tokens_per_second"] for record in records])
+    final = records[-1]
+    axes["speed"].set(
+        ylabel="tokens/s",
+        xlabel="step",
+        title=f"speed; step P50 {final['step_ms']['p50']:.0f}, P95 {final['step_ms']['p95']:.0f}, "
+        f"P99 {final['step_ms']['p99']:.0f} ms; {final['flops_utilization']:.0%} of peak FLOP/s",
+    )
+    axes["speed"].set_ylim(bottom=0)
+    for axis in axes.values():
+        axis.grid(alpha=0.3)
+        axis.title.set_fontsize(9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

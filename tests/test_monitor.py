@@ -1,0 +1,323 @@
+"""The monitor counts what happened, once, and says when experts collapse."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import moe_ext
+from moe_ext.monitor import CollapseGuard, Monitor, active_flops_per_token, measure_ceiling
+
+H, I, E, K = 16, 8, 4, 2
+
+
+def make_model(layers=2, **options) -> nn.Sequential:
+    torch.manual_seed(0)
+    options = {"init_std": 0.3, "aux_loss_coef": 0.5, **options}
+    return nn.Sequential(*(moe_ext.MoE(H, I, E, K, **options) for _ in range(layers)))
+
+
+def watch(model, *arguments, **options) -> Monitor:
+    return Monitor(model, *arguments, **{"peak_flops": 1e12, "guard": None, **options})
+
+
+def train_step(model, x, forward=None) -> float:
+    loss = (forward or model)(x).square().mean() + moe_ext.total_aux_loss(model)
+    loss.backward()
+    return loss.item()
+
+
+def test_records(tmp_path):
+    model = make_model(capacity_factor=0.8)
+    expected = []
+    with watch(model, tmp_path / "m.jsonl", every=2, flops_per_token=10) as monitor:
+        for _ in range(5):
+            train_step(model, torch.randn(40, H))
+            expected.append(
+                [
+                    (*layer.last_stats.tokens_per_expert.tolist(), layer.last_stats.dropped.item())
+                    for layer in model
+                ]
+            )
+            monitor.step(0.5)
+    assert [(r["step"], r["steps"]) for r in monitor.records] == [(2, 2), (4, 2), (5, 1)]
+    lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert lines == monitor.records
+    for record in monitor.records:
+        steps = expected[record["step"] - record["steps"] : record["step"]]
+        for index, layer in enumerate(record["layers"]):
+            *counts, dropped = (
+                sum(column) for column in zip(*(s[index] for s in steps), strict=True)
+            )
+            assert layer["name"] == str(index)
+            assert layer["tokens_per_expert"] == counts and layer["dropped"] == dropped > 0
+            mean = sum(counts) / E
+            assert layer["max_over_mean"] == pytest.approx(max(counts) / mean)
+            assert layer["min_over_mean"] == pytest.approx(min(counts) / mean)
+            assert layer["idle_experts"] == 0
+            assert layer["drop_rate"] == pytest.approx(dropped / (record["steps"] * 40 * K))
+        assert record["tokens_per_second"] == pytest.approx(80)
+        assert record["flops_utilization"] == pytest.approx(80 * 10 / 1e12)
+        assert record["step_ms"] == {"mean": 500, "p50": 500, "p95": 500, "p99": 500}
+        assert record["peak_memory_bytes"] > 50e6
+    summary = monitor.summary()
+    assert summary["step"] == 5 and "tokens_per_expert" not in summary["layers"][0]
+
+
+def test_entropy_and_loss():
+    model = make_model(1)
+    layer = model[0]
+    with watch(model, every=2) as monitor:
+        entropies, losses = [], []
+        for tokens in (30, 60):
+            x = torch.randn(tokens, H)
+            mask = torch.arange(tokens) % 3 > 0
+            probs = layer.router(x).router_probs[mask]
+            entropies += torch.special.entr(probs).sum(1).tolist()
+            _, loss = layer(x, token_mask=mask, return_aux_loss=True)
+            losses.append(loss.item())
+            monitor.step(1.0)
+    (record,) = monitor.records
+    expected = sum(entropies) / 60 / math.log(E)
+    assert record["layers"][0]["entropy"] == pytest.approx(expected, rel=1e-5)
+    assert record["layers"][0]["aux_loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert record["tokens_per_second"] == pytest.approx(30)
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "compiled", "compiled checkpoint", "accumulated"])
+def test_counts_every_training_forward_once(how):
+    x = torch.randn(40, H)
+    records = []
+    for special in (False, True):
+        model = make_model(inject_aux_loss=True)
+        with watch(model, every=1) as monitor:
+            forward = model
+            if special and "checkpoint" in how:
+                forward = lambda x, m=model: checkpoint(m, x, use_reentrant=False)  # noqa: E731
+            if special and "compiled" in how:
+                forward = torch.compile(forward, fullgraph=True, backend="aot_eager")
+            parts = x.chunk(4) if special and how == "accumulated" else [x]
+            for part in parts:
+                forward(part.clone().requires_grad_()).sum().backward()
+            with torch.no_grad():
+                model.eval()(x)  # not training
+            monitor.step(1.0)
+        records += monitor.records
+        torch.compiler.reset()
+    for a, b in zip(records[0]["layers"], records[1]["layers"], strict=True):
+        assert a["tokens_per_expert"] == b["tokens_per_expert"]
+        assert a["entropy"] == pytest.approx(b["entropy"], rel=1e-5)
+    assert records[0]["tokens_per_second"] == records[1]["tokens_per_second"] == 40
+
+
+def test_pairs_and_rounding():
+    model = make_model(1, tile_size=8)
+    with watch(model, every=1) as monitor:
+        train_step(model, torch.randn(60, H))
+        monitor.step()
+    (layer,) = monitor.records[0]["layers"]
+    assert all(count % 8 == 0 for count in layer["tokens_per_expert"])
+    assert 0 <= layer["drop_rate"] < 0.2
+
+
+def test_it_changes_no_result():
+    x = torch.randn(40, H)
+    results = []
+    for watched in (False, True):
+        model = make_model()
+        monitor = watch(model) if watched else None
+        train_step(model, x)
+        results.append([model(x).detach(), *(p.grad for p in model.parameters())])
+        if watched:
+            monitor.close()
+            assert not any(layer.is_monitored for layer in model)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_optimizer_hook_and_close(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = watch(model, tmp_path / "m.jsonl", every=3, optimizer=optimizer)
+    for _ in range(6):
+        train_step(model, torch.randn(10, H))
+        optimizer.step()
+    assert [r["step"] for r in monitor.records] == [3, 6]
+    monitor.close()
+    monitor.close()
+    optimizer.step()
+    assert len(monitor.records) == 2 and monitor.step_count == 6
+    watch(model).close()  # another one may follow
+
+
+def test_resume(tmp_path):
+    path = tmp_path / "m.jsonl"
+    model = make_model()
+
+    def run(steps, **options):
+        with watch(model, path, every=2, **options) as monitor:
+            for _ in range(steps):
+                train_step(model, torch.randn(10, H))
+                monitor.step()
+        return [record["step"] for record in monitor.records]
+
+    assert run(6) == [2, 4, 6]
+    with open(path, "a") as file:
+        file.write('{"step": 8, "cut o')
+    assert run(4, resume_at=5) == [2, 4, 7, 9]  # the record of steps 5 and 6 reaches past
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 7, 9]
+    assert run(2) == [2]
+    assert run(2, resume_at=0) == [2]
+
+
+def test_percentiles():
+    monitor = watch(make_model(1), every=100)
+    for milliseconds in range(100, 0, -1):
+        monitor.step(milliseconds / 1000)
+    assert monitor.records[0]["step_ms"] == {"mean": 50.5, "p50": 50, "p95": 95, "p99": 99}
+
+
+def test_tensorboard(tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    model = make_model()
+    with watch(model, every=1, tensorboard=tmp_path) as monitor:
+        train_step(model, torch.randn(10, H))
+        monitor.step()
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"moe/tokens_per_second", "moe/step_ms/p95", "moe/0/max_over_mean"} <= set(tags)
+    (value,) = events.Scalars("moe/1/entropy")
+    assert value.step == 1
+    assert value.value == pytest.approx(monitor.records[0]["layers"][1]["entropy"], rel=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 3, 30])
+def test_picture(tmp_path, layers):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    model = make_model(layers, capacity_factor=1.0)
+    with watch(model, every=1) as monitor:
+        for _ in range(3):
+            train_step(model, torch.randn(20, H))
+            monitor.step()
+    monitor.draw(tmp_path / "monitor.png")
+    picture = plt.imread(tmp_path / "monitor.png")
+    assert picture.shape[0] > 500 and picture.shape[1] > 1000
+    assert picture[..., :3].std() > 0.05
+    # A long run is averaged, and an idle expert is no error.
+    monitor.records = [dict(monitor.records[0], step=s + 1, steps=1) for s in range(1000)]
+    monitor.records[0]["layers"][0]["tokens_per_expert"] = [0, 0, 0, 9]
+    monitor.draw(tmp_path / "long.png")
+    with pytest.raises(ValueError, match="Monitor.draw: there must be at least one record"):
+        watch(make_model()).draw(tmp_path / "none.png")
+
+
+def test_flops_and_ceiling():
+    model = nn.Sequential(nn.Embedding(100, H), nn.Linear(H, H), *make_model())
+    per_layer = E * H + K * 3 * H * I  # router, and K experts
+    assert active_flops_per_token(model) == 6 * (H * H + 2 * per_layer)
+    assert 1e8 < measure_ceiling("cpu", torch.float32) < 1e14
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"every": 0}, "Monitor: every must be >= 1, got 0"),
+        ({"window": 0}, "Monitor: window must be >= 1, got 0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError) as caught:
+        watch(make_model(), **options)
+    assert str(caught.value) == message
+
+
+def test_bad_models():
+    with pytest.raises(ValueError, match="model must have a moe_ext.MoE layer, got none"):
+        watch(nn.Linear(3, 3))
+    model = make_model()
+    watch(model)
+    with pytest.raises(ValueError, match="model must have one monitor, got a second for '0'"):
+        watch(model)
+
+
+class TestGuard:
+    def record(self, counts, entropy=0.9, step=1) -> dict:
+        mean = sum(counts) / len(counts)
+        return {
+            "step": step,
+            "layers": [
+                {
+                    "name": "ffn",
+                    "tokens_per_expert": counts,
+                    "max_over_mean": max(counts) / mean if mean else 0.0,
+                    "entropy": entropy,
+                }
+            ],
+        }
+
+    def said(self, records, **options) -> list[str]:
+        texts: list[str] = []
+        guard = CollapseGuard(warn=texts.append, **{"patience": 1, **options})
+        for record in records:
+            guard.check(record)
+        return texts
+
+    def test_starving(self):
+        (text,) = self.said([self.record([50, 1, 50, 0])] * 3)
+        assert "step 1, ffn: 2 of 4 experts get less than 5% of the mean load" in text
+        assert "(experts 1, 3)" in text and "balance='bias'" in text
+        assert not self.said([self.record([50, 5, 50, 5])])
+        assert self.said([self.record([50, 5, 50, 5])], min_load=0.2)
+
+    def test_load(self):
+        (text,) = self.said([self.record([90, 10, 10, 10])], max_load=2.5)
+        assert "the busiest expert has 3.0 times the mean load (bound 2.5). Try" in text
+        assert not self.said([self.record([90, 10, 10, 10])])
+
+    def test_entropy(self):
+        (text,) = self.said([self.record([10] * 4, entropy=0.05)])
+        assert "fell to 0.05 of log E (bound 0.1)" in text and "z_loss_coef" in text
+
+    def test_patience(self):
+        good, bad = self.record([10] * 4), self.record([40, 0, 0, 0])
+        assert not self.said([bad, bad, good, bad, bad], patience=3)
+        assert len(self.said([bad, bad, bad, bad], patience=3, max_load=3)) == 2
+
+    def test_no_tokens(self):
+        assert not self.said([self.record([0, 0, 0, 0], entropy=0.0)])
+
+    def test_in_the_monitor(self):
+        model = make_model(1, balance="none")
+        with torch.no_grad():
+            model[0].router.weight.zero_()
+            model[0].router.weight[0] = 10  # one expert for positive tokens, others by the tie
+        with (
+            pytest.warns(UserWarning, match="experts get less than 5% of the mean load"),
+            watch(model, every=1, guard=CollapseGuard(patience=2)) as monitor,
+        ):
+            for _ in range(2):
+                model(torch.rand(20, H))
+                monitor.step()
+        with warnings.catch_warnings(), watch(make_model(1), every=1, guard=None) as monitor:
+            warnings.simplefilter("error")
+            train_step(make_model(1), torch.randn(20, H))
+            monitor.step()
+
+    @pytest.mark.parametrize(
+        "options,message",
+        [
+            ({"max_load": 0.5}, "max_load must be >= 1, got 0.5"),
+            ({"min_load": 2}, r"min_load must be in \[0, 1\], got 2"),
+            ({"min_entropy": -1}, r"min_entropy must be in \[0, 1\], got -1"),
+            ({"patience": 0}, "patience must be >= 1, got 0"),
+        ],
+    )
+    def test_bad_options(self, options, message):
+        with pytest.raises(ValueError, match="CollapseGuard: " + message):
+            CollapseGuard(**options)
