@@ -12,7 +12,7 @@ import torch
 from moe_peers import Inputs, Work, train_step
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -25,10 +25,10 @@ def peak_mib(peer: str, work: Work) -> float:
     train_step(peer, small, Inputs.make(small, train=True))()
     x = Inputs.make(work, train=True)
     step = train_step(peer, work, x)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
     grads = step()
-    return (_status("VmHWM") - before - sum(g.nbytes for g in grads)) / 2**20
+    return (status("VmHWM") - before - sum(g.nbytes for g in grads)) / 2**20
 
 
 if __name__ == "__main__":

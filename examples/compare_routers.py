@@ -118,7 +118,8 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     )
     for y, row in enumerate(ordered):
         color = colors[row["method"]]
-        balance.plot([row["min_over_mean"], row["max_over_mean"]], [y, y], color=color, linewidth=5)
+        ends = [row["min_over_mean"], row["max_over_mean"]]
+        balance.plot(ends, [y, y], "s-", color=color, linewidth=5, markersize=5)
         balance.plot(row["max_over_mean_in_evaluation"], y, "k|", markersize=12)
         if row["drop_rate"]:
             balance.text(
@@ -130,10 +131,11 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
         yticklabels=[],
         xlabel="load over the mean",
         xlim=(0, None),
-        title="idlest to busiest expert at the end, worst layer (mark: busiest in evaluation)",
+        title="idlest to busiest expert at the end, worst layer; mark: busiest in evaluation",
     )
     for axis in axes.flat:
         axis.grid(alpha=0.3)
+        axis.title.set_fontsize(9)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -23,13 +23,23 @@ std::vector<std::vector<int64_t>> best_tokens(
       const int64_t first = block * kBlock, size = std::min(kBlock, E - first);
       std::vector<Best<T>> best;
       for (int64_t i = 0; i < size; ++i) best.emplace_back(counts[first + i]);
-      if (std::all_of(&counts[first], &counts[first] + size, [](int64_t c) { return c == 0; })) {
-        continue;
-      }
+      // Most keys are no better than what is there: one comparison with a threshold, beside its
+      // neighbours'. NaN is compared so that it passes, which costs time only.
+      T threshold[kBlock];
+      const auto refresh = [&](int64_t i) {
+        threshold[i] =
+            best[i].is_full() ? best[i].threshold() : -std::numeric_limits<T>::infinity();
+      };
+      for (int64_t i = 0; i < size; ++i) refresh(i);
       for (int64_t t = 0; t < num_tokens; ++t) {
         const T* row = probs + t * E + first;
+        int candidates = 0;
+        for (int64_t i = 0; i < size; ++i) candidates += !(row[i] <= threshold[i]);
+        if (candidates == 0) continue;
         for (int64_t i = 0; i < size; ++i) {
-          if (best[i].admits(row[i]) && allowed(t, first + i)) best[i].push(row[i], t);
+          if (row[i] <= threshold[i] || !allowed(t, first + i)) continue;
+          best[i].push(row[i], t);
+          refresh(i);
         }
       }
       for (int64_t i = 0; i < size; ++i) tokens[first + i] = best[i].take();

@@ -13,15 +13,16 @@ namespace moe_ext::cpu {
 template <class T>
 class Best {
  public:
-  explicit Best(int64_t count = 0) : count_(count) {}
+  explicit Best(int64_t count) : count_(count), full_(count == 0) {}
 
-  // Whether a push could change anything: a cheap test for the inner loop.
-  bool admits(T key) const { return !full_ || key > threshold_; }
+  // A push of a key at or below this one changes nothing. (NaN and -infinity are above none, and
+  // matter only until `count` keys are there.)
+  T threshold() const { return threshold_; }
+  bool is_full() const { return full_; }
 
   void push(T key, int64_t index) {
-    if (count_ == 0) return;
     if (key != key) key = -std::numeric_limits<T>::infinity();
-    if (!admits(key)) return;
+    if (full_ && !(key > threshold_)) return;
     items_.push_back({key, index});
     if (static_cast<int64_t>(items_.size()) >= 2 * count_ + kSlack) shrink();
   }
@@ -56,8 +57,8 @@ class Best {
   }
 
   int64_t count_;
-  bool full_ = false;
-  T threshold_ = 0;
+  bool full_;
+  T threshold_ = std::numeric_limits<T>::infinity();  // of no keys
   std::vector<Item> items_;
 };
 
