@@ -51,7 +51,7 @@ test-kernels: build/kernels-address,undefined build/kernels-thread
 	build/kernels-address,undefined
 	build/kernels-thread 3
 
-build/kernels-%: $(KERNELS) $(wildcard csrc/cpu/kernels/*.h csrc/common/*.h)
+build/kernels-%: $(KERNELS) $(wildcard csrc/cpu/kernels/*.h csrc/common/*.h) csrc/cpu/select.h
 	@mkdir -p $@-objects
 	@echo "== building the kernels' test with -fsanitize=$* (about 2 minutes on 2 cores)"
 	@printf '%s\n' $(KERNELS) | xargs -P "$$(nproc)" -I{} sh -c 'c++ -std=c++17 -O1 -g -Wall -Icsrc \

@@ -129,51 +129,42 @@ def test_monitor_cost(benchmark):
     trainer = train_lm.Trainer(train_lm.Options())
     layers = trainer.model.moe_layers()
     monitor = Monitor(trainer.model, peak_flops=1e12, guard=None)
+    totals = {layer: layer._monitor_totals for layer in layers}
     rounds = 40 if not benchmark.disabled else 1
-    times = {"without": [], "with": []}
 
-    def steps():
-        for _ in range(rounds):
-            for name, each in times.items():
-                trainer.monitor = monitor if name == "with" else None
-                for layer in layers:
-                    layer.start_monitoring() if name == "with" else layer.stop_monitoring()
+    def watch(on: bool) -> None:
+        trainer.monitor = monitor if on else None
+        for layer in layers:
+            layer._monitor_totals = totals[layer] if on else None
+
+    def in_turns(step, count) -> dict[bool, float]:
+        """The median seconds of a step, watched and not."""
+        times = {False: [], True: []}
+        for _ in range(count):
+            for on, each in times.items():
+                watch(on)
                 started = time.perf_counter()
-                trainer.train_step()
+                step()
                 each.append(time.perf_counter() - started)
+        return {on: sorted(each)[len(each) // 2] for on, each in times.items()}
 
     trainer.train_step()
-    benchmark.pedantic(steps, rounds=1)
-    # The step's noise is larger than the cost: what is added is timed alone, too.
-    for layer in layers:
-        layer.start_monitoring()
+    steps = benchmark.pedantic(lambda: in_turns(trainer.train_step, rounds), rounds=1)
+    # A step's noise is larger than the cost: what is added is timed alone, too.
     with torch.no_grad():
-        tokens = torch.randn(1024, 192)
-        routed = layers[0].router(tokens)
-        loss = torch.zeros(())
-        alone = {}
-        for name in ("without", "with"):
-            if name == "without":
-                layers[0].stop_monitoring()
-            else:
-                layers[0].start_monitoring()
-            best = []
-            for _ in range(300):
-                started = time.perf_counter()
-                layers[0]._record(routed, None, loss)
-                best.append(time.perf_counter() - started)
-            alone[name] = sorted(best)[len(best) // 2]
+        routed, loss = layers[0].router(torch.randn(1024, 192)), torch.zeros(())
+        alone = in_turns(lambda: layers[0]._record(routed, None, loss), 8 * rounds)
+    watch(True)
     started = time.perf_counter()
     for _ in range(100):
         monitor.step(0.1)
     per_step = (time.perf_counter() - started) / 100
-    added = len(layers) * (alone["with"] - alone["without"]) + per_step
-    median = {name: sorted(each)[len(each) // 2] for name, each in times.items()}
+    added = len(layers) * (alone[True] - alone[False]) + per_step
     figures = {
-        "step_ms": 1000 * median["without"],
-        "step_ms_monitored": 1000 * median["with"],
+        "step_ms": 1000 * steps[False],
+        "step_ms_monitored": 1000 * steps[True],
         "added_us": 1e6 * added,
-        "added_share": added / median["without"],
+        "added_share": added / steps[False],
     }
     benchmark.extra_info["monitor"] = figures
     if not benchmark.disabled:

@@ -48,7 +48,7 @@ def run(name: str, options: train_lm.Options, device: str) -> dict:
     bits = trainer.evaluate(64)
     # Of evaluation's routing: its last batch, in the worst layer.
     counts = [layer.last_stats.tokens_per_expert.double() for layer in trainer.model.moe_layers()]
-    records = trainer.monitor.records
+    records = list(trainer.monitor.records)
     late = records[-max(1, len(records) // 10) :]
 
     def worst(key: str, pick=max) -> float:
@@ -103,18 +103,13 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     bits = [row["held_out_bits_per_byte"] for row in ordered]
     quality.barh(names, bits, color=[colors[name] for name in names])
     for y, row in enumerate(ordered):
-        quality.text(
-            row["held_out_bits_per_byte"],
-            y,
-            f" {row['held_out_bits_per_byte']:.3f}   {row['ms_per_step']:.0f} ms",
-            va="center",
-            fontsize=8,
-        )
+        value = row["held_out_bits_per_byte"]
+        quality.text(value, y, f" {value:.3f}", va="center", fontsize=8)
     low, high = min(bits), max(bits)
     margin = max(high - low, 0.01)
     quality.set(
-        xlim=(low - 0.3 * margin, high + 0.5 * margin),
-        title="held-out bits per byte (less is better), time of a step",
+        xlim=(low - 0.3 * margin, high + 0.2 * margin),
+        title="held-out bits per byte (less is better)",
     )
     for y, row in enumerate(ordered):
         color = colors[row["method"]]

@@ -1,16 +1,10 @@
 """The picture of `moe_ext.monitor`: experts over time for every layer, and curves beside them."""
 
+import math
 from pathlib import Path
 
 MOST_HEAT_MAPS = 12
-MOST_COLUMNS = 400  # of a heat map; longer runs are averaged
-
-
-def _shorten(rows: list[list[float]]) -> list[list[float]]:
-    """At most MOST_COLUMNS rows, the mean of neighbours."""
-    size = -(-len(rows) // MOST_COLUMNS)
-    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in groups]
+MOST_COLUMNS = 400  # of a heat map: records of a long run, evenly taken
 
 
 def _heat_map(axis, records: list[dict], index: int):
@@ -22,9 +16,8 @@ def _heat_map(axis, records: list[dict], index: int):
         counts = record["layers"][index]["tokens_per_expert"]
         mean = max(sum(counts) / len(counts), 1e-9)
         loads.append([max(count / mean, 0.1) for count in counts])
-    columns = _shorten(loads)
     image = axis.imshow(
-        list(zip(*columns, strict=True)),
+        list(zip(*loads, strict=True)),
         aspect="auto",
         cmap="RdBu_r",
         norm=LogNorm(0.25, 4),
@@ -32,7 +25,7 @@ def _heat_map(axis, records: list[dict], index: int):
         extent=(
             records[0]["step"] - records[0]["steps"],
             records[-1]["step"],
-            len(columns[0]) - 0.5,
+            len(loads[0]) - 0.5,
             -0.5,
         ),
     )
@@ -46,10 +39,8 @@ def draw(records: list[dict], path: str | Path) -> None:
     """Writes the picture of the records of one run. Raises ValueError if there are none."""
     if not records:
         raise ValueError("Monitor.draw: there must be at least one record, got none")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the user
 
     steps = [record["step"] for record in records]
     layers = range(len(records[0]["layers"]))
@@ -58,7 +49,7 @@ def draw(records: list[dict], path: str | Path) -> None:
     shown = sorted({round(i * (len(layers) - 1) / last) for i in range(MOST_HEAT_MAPS)})
     if len(layers) <= MOST_HEAT_MAPS:
         shown = list(layers)
-    figure = plt.figure(figsize=(13, max(6.5, 1.1 * len(shown) + 1)), layout="constrained")
+    figure = Figure(figsize=(13, max(6.5, 1.1 * len(shown) + 1)), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1])
     maps = left.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axis, index in zip(maps, shown, strict=True):
@@ -70,24 +61,28 @@ def draw(records: list[dict], path: str | Path) -> None:
     bar.set_label("load over the mean")
 
     def series(name: str, index: int) -> list[float]:
-        return [record["layers"][index][name] for record in records]
+        values = [record["layers"][index][name] for record in records]
+        return [math.nan if value is None else value for value in values]
 
     drops = any(any(series("dropped", i)) for i in layers)
-    panels = ["load", "entropy", *(["drops"] if drops else []), "speed"]
+    entropies = not all(math.isnan(value) for i in layers for value in series("entropy", i))
+    panels = ["load", *["entropy"] * entropies, *["drops"] * drops, "speed"]
     axes = dict(zip(panels, right.subplots(len(panels), 1, sharex=True), strict=True))
-    colors = [plt.get_cmap("viridis")(i / max(len(layers) - 1, 1)) for i in layers]
+    colors = [colormaps["viridis"](i / max(len(layers) - 1, 1)) for i in layers]
     for i in layers:
         name = records[0]["layers"][i]["name"]
         axes["load"].plot(steps, series("max_over_mean", i), color=colors[i], label=name)
         axes["load"].plot(steps, series("min_over_mean", i), color=colors[i], linestyle=":")
-        axes["entropy"].plot(steps, series("entropy", i), color=colors[i])
+        if entropies:
+            axes["entropy"].plot(steps, series("entropy", i), color=colors[i])
         if drops:
             axes["drops"].plot(steps, [100 * x for x in series("drop_rate", i)], color=colors[i])
     axes["load"].axhline(1, color="0.6", linewidth=0.8)
     axes["load"].set(ylabel="load / mean", title="busiest expert (solid), idlest (dotted)")
     if len(layers) <= MOST_HEAT_MAPS:
         axes["load"].legend(fontsize=7, ncols=4)
-    axes["entropy"].set(ylabel="entropy / log E", ylim=(0, 1.02), title="router's entropy")
+    if entropies:
+        axes["entropy"].set(ylabel="entropy / log E", ylim=(0, 1.02), title="router's entropy")
     if drops:
         axes["drops"].set(ylabel="%", title="slots dropped")
     axes["speed"].plot(steps, [record["tokens_per_second"] for record in records])
@@ -103,4 +98,3 @@ def draw(records: list[dict], path: str | Path) -> None:
         axis.grid(alpha=0.3)
         axis.title.set_fontsize(9)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

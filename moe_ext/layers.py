@@ -208,6 +208,16 @@ class MoEStats(NamedTuple):
 MONITORED = ("dropped", "entropy", "loss", "tokens", "forwards")
 
 
+def add_to_monitor(totals: Tensor, counts: Tensor, **scalars: Tensor) -> None:
+    """Adds a forward to the totals [E + len(MONITORED)] of a watched module: its counts [E] and
+    the scalars of MONITORED but forwards; one that is left out is unknown, NaN. What checkpointing
+    runs again adds nothing. No sync."""
+    unknown = totals.new_full((), torch.nan)
+    values = [scalars.get(name, unknown).double() for name in MONITORED[:-1]]
+    once = torch.cat([counts.double(), torch.stack([*values, totals.new_ones(())])])
+    torch.ops.moe_ext._add_once.default(totals, once)
+
+
 class _InjectGradient(torch.autograd.Function):
     """Passes y on; in backward the loss receives the gradient 1."""
 
@@ -238,7 +248,9 @@ class MoE(nn.Module):
         activation, gated: see `moe_ext.expert_ffn`.
         bias: on both projections of the experts.
         router: a module tokens [T, H], topk_ids=None -> RouterOutput (see `moe_ext.routers`), which
-            then has the routing's options; None: a `TopKRouter` of the arguments here.
+            then has the routing's options; its forward may take token_mask [T], and its method
+            load_balancing_loss, if it has one (see `TopKRouter`), gives that loss. None: a
+            `TopKRouter` of the arguments here.
         score_function, renormalize, scaling_factor, temperature, jitter, num_groups, topk_groups:
             see `TopKRouter`.
         balance: "aux_loss": the load-balancing loss with coefficient aux_loss_coef; "bias": a bias
@@ -363,7 +375,7 @@ class MoE(nn.Module):
         self.register_buffer("_dropped", counts.new_zeros(()), persistent=False)
         injected = torch.zeros((), device=device, dtype=torch.float32)
         self.register_buffer("_injected_loss", injected, persistent=False)
-        self._monitor_totals: Tensor | None = None  # of moe_ext.monitor, while it watches
+        self._monitor_totals: Tensor | None = None  # moe_ext.monitor's, while it watches
         self._aux_loss: Tensor | None = None
         self._aux_loss_was_taken = True
         self._warned = False
@@ -464,13 +476,15 @@ class MoE(nn.Module):
             return self.router(tokens, topk_ids)
         knows = {"token_mask": token_mask} if self._router_takes_mask else {}
         routed = self.router(tokens, topk_ids, **knows)
-        masked = ~token_mask
+        masked = ~token_mask.unsqueeze(1)
+        if routed.chosen_ids is not None:
+            routed = routed._replace(chosen_ids=routed.chosen_ids.masked_fill(masked, -1))
         if routed.pairs is not None and not knows:
             pair_tokens, pair_experts, pair_weights = routed.pairs
-            is_masked = masked[pair_tokens.clamp(min=0)]
+            is_masked = masked[pair_tokens.clamp(min=0), 0]
             pair_experts = pair_experts.masked_fill(is_masked, -1)
             routed = routed._replace(pairs=(pair_tokens, pair_experts, pair_weights))
-        return routed._replace(topk_ids=routed.topk_ids.masked_fill(masked.unsqueeze(1), -1))
+        return routed._replace(topk_ids=routed.topk_ids.masked_fill(masked, -1))
 
     @staticmethod
     def _assignment(routed: RouterOutput) -> tuple[Tensor, ...]:
@@ -494,37 +508,16 @@ class MoE(nn.Module):
             self._dropped.copy_(count(routed.chosen_ids).sum() - count(routed.topk_ids).sum())
         if self._monitor_totals is not None and self.training:
             probs = routed.router_probs.detach()
-            if token_mask is None:
-                tokens = probs.new_full((), probs.shape[0])
-            else:
-                tokens = token_mask.sum()
             entropy = torch.ops.moe_ext._router_entropy.default(probs, token_mask)
-            values = (self._dropped, entropy * tokens, loss.detach(), tokens, tokens.new_ones(()))
-            once = torch.cat([self._tokens_per_expert, torch.stack([v.double() for v in values])])
-            torch.ops.moe_ext._add_once.default(self._monitor_totals, once)
-
-    @property
-    def is_monitored(self) -> bool:
-        """Whether a `moe_ext.monitor.Monitor` watches the layer."""
-        return self._monitor_totals is not None
-
-    def start_monitoring(self) -> None:
-        """Adds up, from now on, each training forward's counts and what `MONITORED` says."""
-        self._monitor_totals = torch.zeros(
-            self.num_experts + len(MONITORED),
-            dtype=torch.float64,
-            device=self._tokens_per_expert.device,
-        )
-
-    def stop_monitoring(self) -> None:
-        """The layer is as before."""
-        self._monitor_totals = None
-
-    def take_monitor_totals(self) -> Tensor:
-        """[E + len(MONITORED)] float64 of the forwards since the last call. No sync."""
-        totals = self._monitor_totals.clone()
-        self._monitor_totals.zero_()
-        return totals
+            tokens = probs.new_full((), probs.shape[0]) if token_mask is None else token_mask.sum()
+            add_to_monitor(
+                self._monitor_totals,
+                self._tokens_per_expert,
+                dropped=self._dropped,
+                entropy=entropy * tokens,
+                loss=loss.detach(),
+                tokens=tokens,
+            )
 
     def _losses(
         self, routed: RouterOutput, token_mask: Tensor | None, num_sequences: int
@@ -532,7 +525,7 @@ class MoE(nn.Module):
         """The losses with their coefficients: a float32 scalar."""
         loss = torch.zeros((), device=routed.router_probs.device)
         if self.aux_loss_coef:
-            if isinstance(self.router, TopKRouter):
+            if hasattr(self.router, "load_balancing_loss"):
                 balance = self.router.load_balancing_loss(routed, token_mask, num_sequences)
             else:
                 ids = routed.topk_ids if routed.chosen_ids is None else routed.chosen_ids

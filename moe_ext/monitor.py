@@ -6,13 +6,16 @@
             monitor.step()
     monitor.draw("monitor.png")
 
-or, without a line in the loop, `Monitor(model, "monitor.jsonl", optimizer=optimizer)`. Layers that
-nobody watches do none of this. The figures come out of the layers' own forwards; on a GPU they are
-read a record later than they are written, so that nothing waits for the device.
+or, without a line in the loop, `Monitor(model, "monitor.jsonl", optimizer=optimizer)`. It watches
+`moe_ext.MoE` layers and, after `import moe_ext.integrations.transformers`, the experts of Hugging
+Face models that run on moe_ext. Layers that nobody watches do none of this. The figures come out of
+the layers' own forwards; on a GPU they are read later than they are written, so that nothing waits
+for the device.
 """
 
 import json
 import math
+import os
 import resource
 import time
 import warnings
@@ -20,11 +23,42 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_ext.layers import MONITORED, GroupedExperts, MoE
+from moe_ext.layers import MONITORED, MoE
+
+MOST_RECORDS = 1000  # in memory
+
+
+class Watched(NamedTuple):
+    """A module that adds to its attribute _monitor_totals (`layers.add_to_monitor`) if it has one,
+    the module with its experts' weights, and K."""
+
+    module: nn.Module
+    experts: nn.Module
+    top_k: int
+
+
+def _watch_moe(module: nn.Module) -> Watched | None:
+    return Watched(module, module.experts, module.top_k) if isinstance(module, MoE) else None
+
+
+# Each tells whether it knows a module; integrations add theirs.
+WATCHERS: list[Callable[[nn.Module], Watched | None]] = [_watch_moe]
+
+
+def _find_watched(model: nn.Module) -> dict[str, Watched]:
+    found = {}
+    for name, module in model.named_modules():
+        for watcher in WATCHERS:
+            watched = watcher(module)
+            if watched is not None:
+                found[name or "moe"] = watched
+    return found
 
 
 @dataclass
@@ -83,8 +117,9 @@ class CollapseGuard:
                     "the cost",
                 ),
                 "entropy": (
-                    layer["entropy"] < self.min_entropy,
-                    f"the entropy of the router's probabilities fell to {layer['entropy']:.2f} of "
+                    layer["entropy"] is not None and layer["entropy"] < self.min_entropy,
+                    "the entropy of the router's probabilities fell to "
+                    f"{layer['entropy'] or 0:.2f} of "
                     f"log E (bound {self.min_entropy:g}): it no longer explores. Try a z-loss "
                     "(z_loss_coef=1e-3), a higher temperature, a lower learning rate for the "
                     "router, or weight decay on it",
@@ -101,13 +136,13 @@ class CollapseGuard:
 def active_flops_per_token(model: nn.Module) -> int:
     """FLOPs of training on one token: 6 for every weight that works on it (PaLM, arXiv 2204.02311,
     appendix B, without attention's products). Of E experts K work; embeddings are looked up."""
-    top_k = {layer.experts: layer.top_k for layer in model.modules() if isinstance(layer, MoE)}
+    top_k = {watched.experts: watched.top_k for watched in _find_watched(model).values()}
     flops = 0.0
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             continue
         share = 1.0
-        if isinstance(module, GroupedExperts) and module in top_k:
+        if module in top_k:
             share = top_k[module] / module.down_proj.shape[0]
         for parameter in module.parameters(recurse=False):
             if parameter.dim() >= 2:
@@ -142,8 +177,8 @@ def _percentile(ordered: list[float], share: float) -> float:
 class Monitor:
     """Watches the MoE layers of a model while it trains.
 
-    A record is made of every `every` steps. It is a dict, kept in `records`, written as a line of
-    JSON to `path`, and to TensorBoard if asked for:
+    A record is made of every `every` steps. It is a dict, kept in `records` (the last 1000),
+    written as a line of JSON to `path`, and to TensorBoard if asked for:
 
         step, steps                    the last step, and how many the record is of
         step_ms                        mean, p50, p95, p99 of the last `window` steps
@@ -156,22 +191,25 @@ class Monitor:
             dropped, drop_rate         slots dropped by capacity or rounding
             entropy                    of the router's probabilities, as a share of log E
             aux_loss                   coefficients applied, the mean of the forwards
+            (None in both where the layer does not know it, as in Hugging Face models)
 
-    Only forwards in training mode count, each once, checkpointed and compiled ones too. The counts
-    are those of this process. Layers move to their device before a monitor is made.
+    Only forwards in training mode count, each once, checkpointed and compiled ones too. Layers move
+    to their device before a monitor is made.
 
     Args:
-        model: with at least one `moe_ext.MoE`.
+        model: with at least one layer that can be watched.
         path: the file of JSON lines, overwritten; None: none.
         every: steps of a record.
         optimizer: step() is called by itself after each of its steps.
         tensorboard: a folder for TensorBoard's files (needs the package tensorboard).
         flops_per_token: default: `active_flops_per_token`.
-        peak_flops: default: `measure_ceiling` in the dtype of the experts, 0.1 s.
+        peak_flops: of one rank; default: `measure_ceiling` in the dtype of the experts, 0.1 s.
         guard: sees every record; "default": `CollapseGuard()`; None: none.
         window: steps that the latencies are taken over.
         resume_at: the steps done before, by an earlier run that wrote to path: its records up to
             there are kept, and the count goes on.
+        process_group: ranks whose counts are added up; all of them make a monitor, step it alike
+            and get the same counts; the first one writes and warns. None: this process's.
 
     Raises:
         ValueError for options, or if the model has no such layer or another monitor watches it.
@@ -190,41 +228,48 @@ class Monitor:
         guard: CollapseGuard | None | str = "default",
         window: int = 1000,
         resume_at: int | None = None,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
-        self.layers = {n or "moe": m for n, m in model.named_modules() if isinstance(m, MoE)}
+        self.layers = _find_watched(model)
         if not self.layers:
-            raise ValueError("Monitor: model must have a moe_ext.MoE layer, got none")
+            raise ValueError("Monitor: model must have a layer of moe_ext, got none")
         for name, value in {"every": every, "window": window}.items():
             if value < 1:
                 raise ValueError(f"Monitor: {name} must be >= 1, got {value!r}")
         for name, layer in self.layers.items():
-            if layer.is_monitored:
+            if getattr(layer.module, "_monitor_totals", None) is not None:
                 raise ValueError(f"Monitor: model must have one monitor, got a second for {name!r}")
         first = next(iter(self.layers.values())).experts.down_proj
+        self.process_group = process_group
+        world, writes = 1, True
+        if process_group is not None:
+            world, writes = process_group.size(), process_group.rank() == 0
         if flops_per_token is None:
             flops_per_token = active_flops_per_token(model)
         if peak_flops is None:
             peak_flops = measure_ceiling(first.device, first.dtype)
         self.every = every
         self.flops_per_token = flops_per_token
-        self.peak_flops = peak_flops
+        self.peak_flops = peak_flops * world
         self.guard = CollapseGuard() if guard == "default" else guard
-        self.records: list[dict] = []
+        if not writes:
+            self.guard = None
+        self.records: deque[dict] = deque(maxlen=MOST_RECORDS)
         self.step_count = resume_at or 0
         self._device = first.device
         self._file = self._writer = None
         self._seconds: deque[float] = deque(maxlen=window)
         self._since_record, self._steps_since_record = 0.0, 0
         self._pending: deque[tuple[dict, Tensor, torch.cuda.Event | None]] = deque()
-        if tensorboard is not None:
+        if tensorboard is not None and writes:
             self._writer = _open_tensorboard(tensorboard)
-        if path is not None:
-            if resume_at is not None and Path(path).exists():
-                self.records = _read_records(Path(path), resume_at)
-            self._file = open(path, "w")
-            self._file.writelines(json.dumps(record) + "\n" for record in self.records)
+        if path is not None and writes:
+            self._file = _open_log(Path(path), resume_at)
         for layer in self.layers.values():
-            layer.start_monitoring()
+            weight = layer.experts.down_proj
+            size = weight.shape[0] + len(MONITORED)
+            totals = torch.zeros(size, dtype=torch.float64, device=weight.device)
+            layer.module._monitor_totals = totals
         self._watching = True
         self._hook = None
         if optimizer is not None:
@@ -262,7 +307,7 @@ class Monitor:
             self._record()
         self._finish(wait=True)
         for layer in self.layers.values():
-            layer.stop_monitoring()
+            layer.module._monitor_totals = None
         for sink in (self._file, self._writer):
             if sink is not None:
                 sink.close()
@@ -279,18 +324,28 @@ class Monitor:
         return {**self.records[-1], "layers": layers}
 
     def draw(self, path: str | Path) -> None:
-        """A picture of all records: every layer's experts over time, and the curves of load,
-        entropy, drops and speed. Needs matplotlib."""
-        from moe_ext._monitor_figure import draw
+        """A picture of the whole run (without a file, of the records that are kept): every layer's
+        experts over time, and the curves of load, entropy, drops and speed. Needs matplotlib."""
+        from moe_ext._monitor_figure import MOST_COLUMNS, draw
 
         self._finish(wait=True)
-        draw(self.records, path)
+        if self._file is None:
+            lines = [json.dumps(record) for record in self.records]
+        else:
+            lines = Path(self._file.name).read_text().splitlines()
+        stride = max(1, -(-len(lines) // MOST_COLUMNS))
+        draw([json.loads(line) for line in lines[::-1][::stride][::-1]], path)
 
     # --- from the layers' totals to records ---
 
     def _record(self) -> None:
         """Takes the layers' totals; they become a record when they are on the host."""
-        totals = torch.cat([layer.take_monitor_totals() for layer in self.layers.values()])
+        each = [layer.module._monitor_totals for layer in self.layers.values()]
+        totals = torch.cat(each)
+        for layer_totals in each:
+            layer_totals.zero_()
+        if self.process_group is not None:
+            dist.all_reduce(totals, group=self.process_group)
         event = None
         if totals.is_cuda:
             event = torch.cuda.Event()
@@ -325,7 +380,7 @@ class Monitor:
 
     def _complete(self, record: dict, totals: Tensor) -> None:
         layers, tokens = [], 0.0
-        sizes = [layer.num_experts + len(MONITORED) for layer in self.layers.values()]
+        sizes = [x.experts.down_proj.shape[0] + len(MONITORED) for x in self.layers.values()]
         for name, part in zip(self.layers, totals.split(sizes), strict=True):
             values = part.tolist()
             counts = [int(count) for count in values[: -len(MONITORED)]]
@@ -346,17 +401,21 @@ class Monitor:
             self.guard.check(record)
 
 
-def _read_records(path: Path, last_step: int) -> list[dict]:
-    """The records up to a step; a line that was cut off ends them."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] <= last_step:
-            records.append(record)
-    return records
+def _open_log(path: Path, resume_at: int | None) -> TextIO:
+    """An empty file, or the one that is there with its records up to a step."""
+    if resume_at is None or not path.exists():
+        return open(path, "w")
+    partial = path.with_name(path.name + ".partial")
+    with open(path) as old, open(partial, "w") as new:
+        for line in old:
+            try:
+                step = json.loads(line)["step"]
+            except json.JSONDecodeError:  # cut off
+                break
+            if step <= resume_at:
+                new.write(line)
+    os.replace(partial, path)
+    return open(path, "a")
 
 
 def _layer_record(name: str, counts: list[int], scalars: dict[str, float]) -> dict:
@@ -364,6 +423,8 @@ def _layer_record(name: str, counts: list[int], scalars: dict[str, float]) -> di
     slots = sum(counts) + scalars["dropped"]
     forwards = max(scalars["forwards"], 1.0)
     entropy = scalars["entropy"] / max(scalars["tokens"], 1.0)
+    if len(counts) > 1:
+        entropy /= math.log(len(counts))
     return {
         "name": name,
         "tokens_per_expert": counts,
@@ -372,8 +433,8 @@ def _layer_record(name: str, counts: list[int], scalars: dict[str, float]) -> di
         "idle_experts": counts.count(0),
         "dropped": int(scalars["dropped"]),
         "drop_rate": scalars["dropped"] / max(slots, 1.0),
-        "entropy": entropy / math.log(len(counts)) if len(counts) > 1 else 1.0,
-        "aux_loss": scalars["loss"] / forwards,
+        "entropy": None if math.isnan(scalars["entropy"]) else entropy,
+        "aux_loss": None if math.isnan(scalars["loss"]) else scalars["loss"] / forwards,
     }
 
 

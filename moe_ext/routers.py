@@ -95,7 +95,7 @@ class TopKRouter(nn.Module):
         rounding: str = "nearest",
         balance_per: str = "batch",
         normalize_by_topk: bool = True,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: "dist.ProcessGroup | None" = None,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -155,7 +155,7 @@ class TopKRouter(nn.Module):
         self.normalize_by_topk = normalize_by_topk
         self.process_group = process_group
         self.init_std = init_std
-        self._warned = False
+        self._warned: set[str] = set()
         for name, rows in self._weight_rows(num_experts).items():
             weight = torch.empty(rows, hidden_size, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(weight))
@@ -181,6 +181,11 @@ class TopKRouter(nn.Module):
     def _need(self, condition: bool, argument: str, must_be: str, got: object) -> None:
         if not condition:
             raise ValueError(f"{type(self).__name__}: {argument} must be {must_be}, got {got!r}")
+
+    def _warn_once(self, reason: str, text: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(text, stacklevel=3)
 
     def reset_parameters(self) -> None:
         """Normal with standard deviation init_std; no bias, no counts."""
@@ -282,19 +287,18 @@ class TopKRouter(nn.Module):
 
     def _rounds(self, num_tokens: int) -> bool:
         """Whether this forward rounds; warns once where tiles are too few to round well."""
-        if not self.training or self.tile_size is None:
+        if not self.training or self.tile_size is None or num_tokens == 0:
             return False
         num_experts = self.weight.shape[0]
         if num_tokens * self.top_k >= 2 * num_experts * self.tile_size:
             return True
-        if not self._warned and not torch.compiler.is_compiling():
-            self._warned = True
-            warnings.warn(
+        if not torch.compiler.is_compiling():
+            self._warn_once(
+                "rounding",
                 f"{type(self).__name__}: token rounding to {self.tile_size} is off where T K / "
                 f"(E tile_size) < 2, since it would cost quality; here it is "
                 f"{num_tokens * self.top_k / (num_experts * self.tile_size):.2g}. Take more tokens "
                 "in a forward, or a smaller tile_size.",
-                stacklevel=2,
             )
         return False
 
@@ -391,6 +395,14 @@ class TopKRouter(nn.Module):
                 f"{type(self).__name__}.update_expert_bias: bias_update_rate must be given (or "
                 "MoE(balance='bias')), got None"
             )
+        has_ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if self.process_group is None and has_ranks:
+            self._warn_once(
+                "ranks",
+                f"{type(self).__name__}.update_expert_bias: there are {dist.get_world_size()} "
+                "ranks and no process_group, so each moves its own bias by its own counts. Set "
+                "router.process_group, to torch.distributed.group.WORLD say.",
+            )
         counts = self._new_counts(1)
         direction = (counts.sum() - counts * len(counts)).sign()
         self.expert_bias += self.bias_update_rate * direction
@@ -466,7 +478,7 @@ class ExpertChoiceRouter(TopKRouter):
         jitter: float = 0.0,
         balance_per: str = "batch",
         normalize_by_topk: bool = True,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: "dist.ProcessGroup | None" = None,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -1,8 +1,10 @@
 """Two gloo processes, DDP and FSDP2: gradients, losses and biases of one on all the tokens."""
 
 import copy
+import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import moe_ext
+from moe_ext.monitor import Monitor
 
 H, WORLD = 16, 2
 
@@ -139,6 +142,7 @@ def bias(rank: int) -> None:
         checkpoint(model, mine[1].requires_grad_(), use_reentrant=False).sum().backward()
         for batch in batches:
             plain(batch)
+        plain.router._warned.add("ranks")  # it is alone on purpose
         own = sum(
             torch.bincount(layer.router.eval()(x).topk_ids.flatten(), minlength=5) for x in mine
         )
@@ -149,6 +153,9 @@ def bias(rank: int) -> None:
         plain.router.update_expert_bias()
         assert torch.equal(layer.router.expert_bias, plain.router.expert_bias)
     assert layer.router.expert_bias.any()
+    alone = balanced_layer(bias_update_rate=0.1)
+    with pytest.warns(UserWarning, match="there are 2 ranks and no process_group"):
+        alone.router.update_expert_bias()
     # A copy belongs to the same ranks; a pickle to none.
     assert copy.deepcopy(layer).router.process_group is dist.group.WORLD
     assert pickle.loads(pickle.dumps(layer)).router.process_group is None
@@ -176,6 +183,25 @@ def aux_loss_over_all_ranks(rank: int) -> None:
         assert relative_error(layer.router.weight.grad, plain.router.weight.grad) < 1e-4
 
 
+def monitored(rank: int, folder: str) -> None:
+    """The counts of both ranks, written once."""
+    layer = balanced_layer()
+    path = Path(folder).with_suffix(".jsonl")
+    with Monitor(layer, path, every=2, peak_flops=1e12, process_group=dist.group.WORLD) as monitor:
+        expected = torch.zeros(5, dtype=torch.int64)
+        for step in range(2):
+            for r in range(WORLD):
+                ids = layer.router(make_tokens(r, step)).topk_ids
+                expected += torch.bincount(ids.flatten(), minlength=5)
+            layer(make_tokens(rank, step), return_aux_loss=True)
+            monitor.step(1.0)
+    (record,) = monitor.records
+    assert record["layers"][0]["tokens_per_expert"] == expected.tolist()
+    assert record["tokens_per_second"] == WORLD * 24 and monitor.peak_flops == WORLD * 1e12
+    dist.barrier()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [record] or rank > 0
+
+
 def run_rank(rank: int, store: str, job, arguments) -> None:
     torch.set_num_threads(1)
     # A store in a file has no thread that could outlive the process group.
@@ -189,7 +215,7 @@ def run_rank(rank: int, store: str, job, arguments) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("job", [ddp, fsdp, bias, aux_loss_over_all_ranks])
+@pytest.mark.parametrize("job", [ddp, fsdp, bias, aux_loss_over_all_ranks, monitored])
 def test_equals_one_process(job, tmp_path):
-    arguments = (str(tmp_path / "checkpoint"),) if job is fsdp else ()
+    arguments = (str(tmp_path / "checkpoint"),) if job in (fsdp, monitored) else ()
     mp.spawn(run_rank, (str(tmp_path / "store"), job, arguments), nprocs=WORLD)

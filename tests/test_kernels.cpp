@@ -15,7 +15,9 @@
 #include <thread>
 #include <vector>
 
+#include "common/token_rounding.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/select.h"
 
 using namespace moe_ext::kernels;
 using moe_ext::Activation;
@@ -519,6 +521,55 @@ void test_unpermute(Type type, int64_t T, int64_t K, int64_t H) {
   check(name + " grad_weights", compute, grad_weights, expected_weights);
 }
 
+// The choices of capacity, token rounding and expert choice, against sorts.
+void test_selection(int64_t num_slots, int64_t E, int64_t M, std::mt19937& random) {
+  const auto fail = [&](const char* what) {
+    std::printf("selection of %ld slots, %ld experts: %s\n", (long)num_slots, (long)E, what);
+    ++failures;
+  };
+  std::vector<int64_t> ids(num_slots);
+  std::vector<float> keys(num_slots);
+  for (int64_t s = 0; s < num_slots; ++s) {
+    ids[s] = static_cast<int64_t>(random() % (E + 2)) - 1;
+    keys[s] = random() % 9 == 0 ? NAN : static_cast<float>(random() % 5);  // many ties
+  }
+  const moe_ext::cpu::SlotsByExpert slots(ids.data(), num_slots, E);
+  std::vector<int64_t> counts(E);
+  for (int64_t e = 0; e < E; ++e) {
+    std::vector<int64_t> expected;
+    for (int64_t s = 0; s < num_slots; ++s) {
+      if (ids[s] == e) expected.push_back(s);
+    }
+    counts[e] = slots.count(e);
+    if (counts[e] != static_cast<int64_t>(expected.size())) fail("count");
+    std::stable_sort(expected.begin(), expected.end(), [&](int64_t a, int64_t b) {
+      return (keys[a] == keys[a] ? keys[a] : -INFINITY) >
+             (keys[b] == keys[b] ? keys[b] : -INFINITY);
+    });
+    for (const int64_t kept : {int64_t{0}, int64_t{1}, counts[e] / 2, counts[e] + 1}) {
+      std::vector<int64_t> first(
+          expected.begin(), expected.begin() + std::min<int64_t>(kept, expected.size()));
+      std::sort(first.begin(), first.end());
+      if (slots.best(e, keys.data(), kept) != first) fail("best");
+    }
+  }
+  using moe_ext::Rounding;
+  std::vector<double> noise(E, 0.5);
+  std::vector<int64_t> rounded(E);
+  for (const Rounding rounding :
+       {Rounding::kNearest, Rounding::kUp, Rounding::kDown, Rounding::kStochastic,
+        Rounding::kBalanced}) {
+    moe_ext::round_counts(
+        counts.data(), E, M, num_slots / 2, rounding, noise.data(), rounded.data());
+    for (int64_t e = 0; e < E; ++e) {
+      if (rounded[e] % M != 0 || rounded[e] > num_slots / 2) fail("rounding");
+      if (counts[e] <= num_slots / 2 / M * M && std::abs(rounded[e] - counts[e]) >= M) {
+        fail("rounding too far");
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -552,6 +603,10 @@ int main(int argc, char** argv) {
       test_router(type, 9, 64, 8, 8);
     }
     std::printf("%s: done\n", isa);
+  }
+  std::mt19937 random(1);
+  for (const int64_t num_slots : {0, 1, 50, 1000}) {
+    for (const int64_t E : {1, 3, 40}) test_selection(num_slots, E, 1 + random() % 16, random);
   }
   if (failures) std::printf("%d failures\n", failures);
   return failures != 0;

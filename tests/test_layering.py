@@ -36,7 +36,7 @@ PYTHON_LAYERS = {
     "monitor": {"layers", "_monitor_figure"},
     "_monitor_figure": set(),
     "integrations/__init__": set(),
-    "integrations/transformers": {"__init__", "ops", "layers"},
+    "integrations/transformers": {"__init__", "ops", "layers", "monitor"},
 }
 
 

@@ -156,3 +156,77 @@ def test_compare(tmp_path, capsys):
 def test_bad_arguments():
     with pytest.raises(SystemExit):
         train_lm.main(["--ffn=sparse"])
+
+
+def test_monitor_and_routers(tmp_path, capsys):
+    """--monitor shows the experts live, in the report and in a picture, over a resumed run too."""
+    arguments = [*TINY_ARGUMENTS, "--monitor", f"--out={tmp_path}", "--capacity-factor=1.0"]
+    train_lm.main([*arguments, "--steps=20"])
+    assert "entropy" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["monitor"]["step"] == 20 and len(report["monitor"]["layers"]) == 2
+    assert (tmp_path / "monitor.png").stat().st_size > 10_000
+    records = (tmp_path / "monitor.jsonl").read_text().splitlines()
+    assert [json.loads(record)["step"] for record in records] == [10, 20]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router": "sigmoid", "balance": "bias"},
+        {"router": "noisy"},
+        {"router": "expert_choice", "balance": "none"},
+        {"router": "hierarchical", "capacity_factor": 1.25},
+        {"router": "hash", "balance": "none"},
+        {"balance": "sequence"},
+        {"tile_size": 8},
+    ],
+)
+def test_every_router_learns_and_resumes(tmp_path, changes):
+    options = dataclasses.replace(TINY, **changes)
+    whole = train_lm.train(options, quiet=True)
+    losses = whole.history["loss"]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    train_lm.train(options, out=tmp_path, seconds=0, quiet=True)  # one step
+    # Noise is drawn anew after a resume.
+    if changes.get("router") != "noisy":
+        resumed = train_lm.train(options, out=tmp_path, resume=True, quiet=True)
+        assert resumed.history["loss"] == losses
+    if options.balance == "bias":
+        layer = whole.model.moe_layers()[0]
+        assert layer.router.expert_bias.any() and not layer.last_aux_loss
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--ffn=dense", "--router=hash"], "--router needs --ffn moe_ext"),
+        (["--ffn=reference", "--monitor"], "--monitor needs --ffn moe_ext"),
+        (["--router=expert_choice", "--tile-size=64"], "tile_size"),
+        (["--router=hierarchical", "--balance=bias"], "bias_update_rate must be left out"),
+    ],
+)
+def test_bad_routing_options(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        train_lm.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_compare_routers(tmp_path, capsys):
+    import compare_routers
+
+    compare_routers.main(
+        ["--steps=12", "--only", "bias", "hash", f"--out={tmp_path}", "--threads=2"]
+    )
+    out = capsys.readouterr().out
+    rows = json.loads((tmp_path / "routers.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == [
+        n for n in compare_routers.METHODS if "bias" in n or "hash" in n
+    ]
+    for row in rows:
+        assert row["method"] in out and 3 < row["held_out_bits_per_byte"] < 8
+        assert 0 <= row["min_over_mean"] <= 1 <= row["max_over_mean"] <= 4
+    assert (tmp_path / "routers.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        compare_routers.main(["--only", "nothing"])
+    assert "--only must name one of: top-2, no balance" in capsys.readouterr().err

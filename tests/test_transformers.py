@@ -355,3 +355,37 @@ def test_names():
     assert model.config._experts_implementation == "moe_ext"
     with pytest.raises(ValueError):
         model.set_experts_implementation("no_such_thing")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_monitor(checkpointing):
+    """moe_ext.monitor sees the experts of a Hugging Face model, each forward once."""
+    from moe_ext.monitor import Monitor, active_flops_per_token
+
+    model = make_model("mixtral", "moe_ext").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(3, 60, (2, 9))
+    logits = model(ids, output_router_logits=True).router_logits
+    with Monitor(model, every=1, peak_flops=1e12) as monitor:
+        model(ids, labels=ids).loss.backward()
+        monitor.step(1.0)
+    (record,) = monitor.records
+    assert [layer["name"] for layer in record["layers"]] == [
+        f"model.layers.{i}.mlp.experts" for i in range(2)
+    ]
+    for layer, z in zip(record["layers"], logits, strict=True):
+        expected = torch.bincount(z.topk(2).indices.flatten(), minlength=4)
+        assert layer["tokens_per_expert"] == expected.tolist()
+        assert layer["entropy"] is None and layer["aux_loss"] is None and layer["dropped"] == 0
+    assert record["tokens_per_second"] == 18
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    others = sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if ".experts." not in n and p.dim() >= 2 and "embed" not in n
+    )
+    assert active_flops_per_token(model) == 6 * (others + experts // 2)
+    eager = make_model("mixtral", "eager")
+    with pytest.raises(ValueError, match="Monitor: model must have a layer of moe_ext"):
+        Monitor(eager)

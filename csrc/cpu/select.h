@@ -1,4 +1,4 @@
-// The best of a stream, without sorting it.
+// The best of a stream, without sorting it. No torch here: tests/test_kernels.cpp runs it, too.
 #pragma once
 
 #include <algorithm>

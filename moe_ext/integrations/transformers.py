@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ext import ops
+from moe_ext import monitor, ops
+from moe_ext.layers import add_to_monitor
 
 try:
     from transformers import activations
@@ -75,6 +76,11 @@ def experts_forward(
     tokens = hidden_states
     if not torch.is_autocast_enabled(tokens.device.type):  # autocast casts in the operators
         tokens = tokens.to(up.dtype)
+    totals = getattr(self, "_monitor_totals", None)
+    if totals is not None and self.training:
+        counts = torch.ops.moe_ext._tokens_per_expert.default(top_k_index, down.shape[0])
+        zero = totals.new_zeros(())
+        add_to_monitor(totals, counts, dropped=zero, tokens=zero + tokens.shape[0])
 
     activation = _fused_activation(self)
     if activation is not None:
@@ -102,6 +108,9 @@ def experts_forward(
     return ops.unpermute(rows, row_map, top_k_weights).to(hidden_states.dtype)
 
 
+_registered: set[str] = set()
+
+
 def register(name: str = "moe_ext") -> None:
     """Makes `experts_implementation=name` mean moe_ext.
 
@@ -109,6 +118,20 @@ def register(name: str = "moe_ext") -> None:
     switches models whose implementation nobody chooses, `transformers serve` for one.
     """
     ExpertsInterface.register(name, experts_forward)
+    _registered.add(name)
+
+
+def _watch_experts(module: nn.Module) -> monitor.Watched | None:
+    """For `moe_ext.monitor`: experts that run on moe_ext."""
+    config = getattr(module, "config", None)
+    if not (
+        hasattr(module, "is_transposed")  # use_experts_implementation's
+        and getattr(config, "_experts_implementation", None) in _registered
+    ):
+        return None
+    top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k", 1)
+    return monitor.Watched(module, module, top_k)
 
 
 register()
+monitor.WATCHERS.append(_watch_experts)
