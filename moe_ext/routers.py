@@ -427,10 +427,14 @@ class TopKRouter(nn.Module):
 
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape
-        return (
+        text = (
             f"hidden_size={hidden_size}, num_experts={num_experts}, top_k={self.top_k}, "
             f"score_function={self.score_function}, renormalize={self.renormalize}"
         )
+        for name in ("bias_update_rate", "capacity_factor", "eval_capacity_factor", "tile_size"):
+            if getattr(self, name) is not None:
+                text += f", {name}={getattr(self, name)}"
+        return text
 
 
 class NoisyTopKRouter(TopKRouter):

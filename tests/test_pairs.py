@@ -375,6 +375,17 @@ def test_pairs_gradcheck_and_opcheck(device):
     )
 
 
+def test_second_derivatives_of_pairs():
+    from conftest import make_experts
+
+    ffn = make_experts(2, 4, 3)
+    x, ids = leaf(torch.randn(2, 4)), torch.tensor([0, 1])
+    y = ops._moe_ffn_pairs(x, torch.ones(2), ids, ids, **ffn)
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="_moe_ffn_pairs: second derivatives"):
+        grad.sum().backward()
+
+
 def test_pairs_under_autocast():
     from conftest import make_experts
 
