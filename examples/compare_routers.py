@@ -1,6 +1,6 @@
 """Trains the small language model of train_lm.py with several routers and balance methods.
 
-Equal data, steps and parameters of the experts; only routing differs. About 10 minutes on 2 CPU
+Equal data, steps and parameters of the experts; only routing differs. About 7 minutes on 2 CPU
 cores.
 
     python examples/compare_routers.py                        all of them, 300 steps each

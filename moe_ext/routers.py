@@ -59,7 +59,7 @@ class TopKRouter(nn.Module):
             tokens becomes a multiple of tile_size, by dropping its lowest weights or by taking the
             most probable further tokens. rounding is "nearest" (ties down), "up", "down",
             "stochastic" (the mean is kept) or "balanced" (the sum comes nearest to T K). Where
-            T K / (E tile_size) < 2 it costs quality and is off, with a warning.
+            T K / (E tile_size) < 2, or T < tile_size, it costs quality and is off, with a warning.
         balance_per: the load-balancing loss is taken over the "batch" or per "sequence" and
             averaged (DeepSeek-V3).
         normalize_by_topk: False: Hugging Face's value of that loss, K times as large.
@@ -205,7 +205,9 @@ class TopKRouter(nn.Module):
             now = self._buffers[name]
             if before is not None and now.dtype not in (torch.float32, torch.float64):
                 self._buffers[name] = before.to(now.device)
-        self._counters = fn(self._counters)
+        counters = fn(self._counters)
+        is_cast = counters.dtype != torch.int64  # Module.type casts integers too
+        self._counters = self._counters.to(counters.device) if is_cast else counters
         return self
 
     def __getstate__(self) -> dict:
@@ -290,15 +292,17 @@ class TopKRouter(nn.Module):
         if not self.training or self.tile_size is None or num_tokens == 0:
             return False
         num_experts = self.weight.shape[0]
-        if num_tokens * self.top_k >= 2 * num_experts * self.tile_size:
+        has_tiles = num_tokens * self.top_k >= 2 * num_experts * self.tile_size
+        if has_tiles and num_tokens >= self.tile_size:
             return True
         if not torch.compiler.is_compiling():
+            tiles = num_tokens * self.top_k / (num_experts * self.tile_size)
             self._warn_once(
                 "rounding",
-                f"{type(self).__name__}: token rounding to {self.tile_size} is off where T K / "
-                f"(E tile_size) < 2, since it would cost quality; here it is "
-                f"{num_tokens * self.top_k / (num_experts * self.tile_size):.2g}. Take more tokens "
-                "in a forward, or a smaller tile_size.",
+                f"{type(self).__name__}: token rounding to {self.tile_size} is off where T < "
+                "tile_size or T K / (E tile_size) < 2, since it would cost quality; here T = "
+                f"{num_tokens} and T K / (E tile_size) = {tiles:.2g}. Take more tokens in a "
+                "forward, or a smaller tile_size.",
             )
         return False
 
