@@ -3,6 +3,7 @@
 #   make demo    train the small language model     make test          run the tests
 #   make bench   run the benchmarks                 make test-kernels  CPU kernels under sanitizers
 #   make bench-cpu   experts against their peers    make lint          check style; make format mends
+#   make cuda-check  compile the CUDA kernels (needs nvcc, neither torch nor a GPU)
 #
 # PYTHON=python3.12   the interpreter of .venv (3.10 or newer)
 # TORCH=torch==2.12   another torch than constraints.txt pins (needs a fresh .venv: make clean)
@@ -14,13 +15,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-FORMATTED := $(SOURCES) $(wildcard tests/*.cpp benchmarks/*.cpp)
+FORMATTED := $(SOURCES) $(wildcard tests/*.cpp tests/*.h benchmarks/*.cpp)
 KERNELS := $(wildcard csrc/cpu/kernels/*.cpp) tests/test_kernels.cpp
 
-.PHONY: help demo test test-kernels bench bench-cpu lint format clean setup
+CUDA_KERNELS := $(wildcard csrc/cuda/kernels/*.cu)
+
+.PHONY: help demo test test-kernels cuda-check bench bench-cpu lint format clean setup
 
 help:
-	@sed -n '2,9s/^# \{0,1\}//p' Makefile
+	@sed -n '2,10s/^# \{0,1\}//p' Makefile
 
 setup: $(VENV)/.built
 
@@ -47,9 +50,10 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 # One program for each sanitizer, its units compiled side by side; threads for the thread sanitizer.
-test-kernels: build/kernels-address,undefined build/kernels-thread
+test-kernels: build/kernels-address,undefined build/kernels-thread build/cuda-kernels
 	build/kernels-address,undefined
 	build/kernels-thread 3
+	build/cuda-kernels
 
 build/kernels-%: $(KERNELS) $(wildcard csrc/cpu/kernels/*.h csrc/common/*.h) csrc/cpu/select.h
 	@mkdir -p $@-objects
@@ -59,6 +63,30 @@ build/kernels-%: $(KERNELS) $(wildcard csrc/cpu/kernels/*.h csrc/common/*.h) csr
 	@! nm -C $@-objects/avx*.o | grep -E ' [TWu] (moe_ext|std)' || \
 	  { echo "the linker may run these on machines without AVX: they must have internal linkage"; exit 1; }
 	@c++ -fsanitize=$* -pthread $@-objects/*.o -o $@
+
+# The CUDA kernels run by the host, beside the CPU's, whose objects are those of the program above.
+build/cuda-kernels: build/kernels-address,undefined tests/test_cuda_kernels.cpp \
+    tests/cuda_emulation.h $(wildcard csrc/cuda/kernels/*)
+	@echo "== building the CUDA kernels for the host"
+	@c++ -std=c++17 -O1 -g -Wall -Icsrc -Itests -fsanitize=address,undefined \
+	  -fno-sanitize-recover=all tests/test_cuda_kernels.cpp \
+	  $(patsubst csrc/cpu/kernels/%,$<-objects/%.o,$(wildcard csrc/cpu/kernels/*.cpp)) -o $@
+
+# PTX for every GPU from sm_80, code for Hopper; what ptxas says of registers and spills stays in
+# build/cuda.
+cuda-check:
+	@command -v nvcc >/dev/null || { echo "moe_ext: nvcc is needed (CUDA Toolkit)"; exit 1; }
+	@mkdir -p build/cuda
+	@for source in $(CUDA_KERNELS); do \
+	  name=build/cuda/$$(basename $$source .cu); \
+	  nvcc -std=c++17 -O3 --expt-relaxed-constexpr -Icsrc -gencode arch=compute_80,code=compute_80 \
+	    -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -Xptxas -v \
+	    -Werror all-warnings -c $$source -o $$name.o > $$name.log 2>&1 || { cat $$name.log; exit 1; }; \
+	  echo "$$source: $$(grep -c 'Used [0-9]* registers' $$name.log) kernels, at most" \
+	    "$$(sed -n 's/.*Used \([0-9]*\) registers.*/\1/p' $$name.log | sort -n | tail -1) registers," \
+	    "$$(sed -n 's/.* \([0-9]*\) bytes spill stores.*/\1/p' $$name.log | sort -n | tail -1)" \
+	    "bytes spilled"; \
+	done
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds \

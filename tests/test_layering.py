@@ -14,7 +14,7 @@ CPP_LAYERS = {
     "ops": {"allowed": {"common", "ops"}, "torch": True},
     "cpu": {"allowed": {"common", "ops", "cpu", "cpu/kernels"}, "torch": True},
     "cpu/kernels": {"allowed": {"common", "cpu/kernels"}, "torch": False},
-    "cuda": {"allowed": {"common", "ops", "cuda"}, "torch": True},
+    "cuda": {"allowed": {"common", "ops", "cuda", "cuda/kernels"}, "torch": True},
     "cuda/kernels": {"allowed": {"common", "cuda/kernels"}, "torch": False},
     "meta": {"allowed": {"ops"}, "torch": True},
     "autograd": {"allowed": {"autograd"}, "torch": True},

@@ -14,6 +14,9 @@
 //                                  at.set(p, v) writes it
 //   Row::sum(n, fn)                the sum of fn(at) over the row
 //   Row::max_or_nan(z, n)          the largest number, or NaN if there is one
+//   Row::once(fn)                  calls fn once for the row: several threads may walk a row
+//                                  together, each its own places. What any of them wrote is seen in
+//                                  fn, and what fn wrote is seen by all; other places are private.
 //
 // To add one: a struct here, its name in ops/score_function.h, one line in moe_ext/reference.py.
 #pragma once
@@ -64,7 +67,9 @@ MOE_HOST_DEVICE T log_sum_exp(ExpSum<T> row) {
 // The logits of the choices; -inf, whose score is 0, for those that are not valid.
 template <class Row, class T = typename Row::Scalar>
 MOE_HOST_DEVICE void gather_choices(const T* z, int64_t E, const int64_t* ids, int64_t K, T* y) {
-  for (int64_t k = 0; k < K; ++k) y[k] = is_valid(ids[k], E) ? z[ids[k]] : T(-INFINITY);
+  Row::once([&] {
+    for (int64_t k = 0; k < K; ++k) y[k] = is_valid(ids[k], E) ? z[ids[k]] : T(-INFINITY);
+  });
 }
 
 // y_k = softmax of z over the valid choices, 0 elsewhere (all zeros if none is valid). Taken from
@@ -74,9 +79,11 @@ MOE_HOST_DEVICE void softmax_of_choices(
     const T* z, int64_t E, const int64_t* ids, int64_t K, T* y) {
   gather_choices<Row>(z, E, ids, K, y);
   softmax<Row>(y, K, y);
-  for (int64_t k = 0; k < K; ++k) {
-    if (!is_valid(ids[k], E)) y[k] = 0;
-  }
+  Row::once([&] {
+    for (int64_t k = 0; k < K; ++k) {
+      if (!is_valid(ids[k], E)) y[k] = 0;
+    }
+  });
 }
 
 struct Softmax {
@@ -100,9 +107,11 @@ struct Softmax {
     if (renormalize) {
       softmax_of_choices<Row>(z, E, ids, K, w);
     } else {
-      for (int64_t k = 0; k < K; ++k) w[k] = is_valid(ids[k], E) ? P[ids[k]] : T(0);
+      Row::once([&] {
+        for (int64_t k = 0; k < K; ++k) w[k] = is_valid(ids[k], E) ? P[ids[k]] : T(0);
+      });
     }
-    for (int64_t k = 0; k < K; ++k) w[k] *= c;
+    Row::each(K, [&](auto at) { at.set(w, at(w) * typename Row::V(c)); });
   }
 
   // dz [E] is written. ds [K] and dP [E] may be null: no gradient. work holds E + K numbers.
@@ -117,9 +126,11 @@ struct Softmax {
     // Everything that reaches z through the full softmax has one form, p (q - <p, q>).
     Row::each(E, [&](auto at) { at.set(dz, dP ? at(dP) : V(0)); });
     if (ds && !renormalize) {
-      for (int64_t k = 0; k < K; ++k) {
-        if (is_valid(ids[k], E)) dz[ids[k]] += c * ds[k];
-      }
+      Row::once([&] {
+        for (int64_t k = 0; k < K; ++k) {
+          if (is_valid(ids[k], E)) dz[ids[k]] += c * ds[k];
+        }
+      });
     }
     const V dot(Row::sum(E, [&](auto at) { return at(p) * at(dz); }));
     Row::each(E, [&](auto at) { at.set(dz, at(p) * (at(dz) - dot)); });
@@ -127,9 +138,11 @@ struct Softmax {
       softmax_of_choices<Row>(z, E, ids, K, y);
       T mean = 0;
       for (int64_t k = 0; k < K; ++k) mean += is_valid(ids[k], E) ? y[k] * ds[k] : T(0);
-      for (int64_t k = 0; k < K; ++k) {
-        if (is_valid(ids[k], E)) dz[ids[k]] += c * y[k] * (ds[k] - mean);
-      }
+      Row::once([&] {
+        for (int64_t k = 0; k < K; ++k) {
+          if (is_valid(ids[k], E)) dz[ids[k]] += c * y[k] * (ds[k] - mean);
+        }
+      });
     }
   }
 };
@@ -158,7 +171,7 @@ struct Sigmoid {
       const T* z, const T*, int64_t E, const int64_t* ids, int64_t K, bool renormalize, T c, T* w) {
     const T sum = scores_of_choices<Row>(z, E, ids, K, w);
     const T scale = renormalize ? c / (sum + T(kEps)) : c;
-    for (int64_t k = 0; k < K; ++k) w[k] *= scale;
+    Row::each(K, [&](auto at) { at.set(w, at(w) * typename Row::V(scale)); });
   }
 
   template <class Row, class T = typename Row::Scalar>
@@ -184,9 +197,11 @@ struct Sigmoid {
       scale = c / (sum + T(kEps));
       mean = Row::sum(K, [&](auto at) { return at(y) * at(ds); }) / (sum + T(kEps));
     }
-    for (int64_t k = 0; k < K; ++k) {
-      if (is_valid(ids[k], E)) dz[ids[k]] += scale * (ds[k] - mean) * (y[k] * (T(1) - y[k]));
-    }
+    Row::once([&] {
+      for (int64_t k = 0; k < K; ++k) {
+        if (is_valid(ids[k], E)) dz[ids[k]] += scale * (ds[k] - mean) * (y[k] * (T(1) - y[k]));
+      }
+    });
   }
 
  private:

@@ -27,6 +27,11 @@ struct Row {
   }
 
   template <class Fn>
+  static MOE_INLINE void once(const Fn& fn) {
+    fn();
+  }
+
+  template <class Fn>
   static MOE_INLINE T sum(int64_t n, const Fn& fn) {
     V total(0);
     int64_t i = 0;

@@ -1,0 +1,150 @@
+#include "cuda/kernels/device.cuh"
+
+namespace moe_ext::cuda {
+namespace {
+
+constexpr int kRowsPerBlock = kThreads / kWarp;
+
+// One warp for each row. Columns go by packs of kPack.
+template <class T, int kPack>
+__global__ void gather_rows_kernel(
+    const T* tokens, const int32_t* slot_of_row, const int32_t* num_used, int64_t N, int64_t K,
+    int64_t H, T* permuted) {
+  using P = Pack<T, kPack>;
+  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
+  if (row >= N) return;
+  const bool is_used = row < *num_used;
+  const T* from = is_used ? tokens + slot_of_row[row] / K * H : nullptr;
+  T* to = permuted + row * H;
+  for (int64_t h = threadIdx.x % kWarp * kPack; h < H; h += kWarp * kPack) {
+    P pack = {};
+    if (is_used) pack = *reinterpret_cast<const P*>(from + h);
+    *reinterpret_cast<P*>(to + h) = pack;
+  }
+}
+
+// One warp for each token.
+template <class T, int kPack>
+__global__ void unpermute_kernel(
+    const T* rows, const int32_t* row_map, const Compute<T>* weights, int64_t num_tokens, int64_t K,
+    int64_t H, T* out) {
+  using P = Pack<T, kPack>;
+  const int64_t t = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
+  if (t >= num_tokens) return;
+  for (int64_t h = threadIdx.x % kWarp * kPack; h < H; h += kWarp * kPack) {
+    Compute<T> sum[kPack] = {};
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t row = row_map[t * K + k];
+      if (row < 0) continue;
+      const Compute<T> weight = weights ? weights[t * K + k] : Compute<T>(1);
+      const P pack = *reinterpret_cast<const P*>(rows + row * H + h);
+      for (int i = 0; i < kPack; ++i) sum[i] += weight * widen(pack.values[i]);
+    }
+    P pack;
+    for (int i = 0; i < kPack; ++i) pack.values[i] = narrow<T>(sum[i]);
+    *reinterpret_cast<P*>(out + t * H + h) = pack;
+  }
+}
+
+// One warp for each slot.
+template <class T, int kPack>
+__global__ void unpermute_backward_kernel(
+    const T* grad_out, const T* rows, const int32_t* row_map, const Compute<T>* weights,
+    int64_t num_slots, int64_t K, int64_t H, T* grad_rows, Compute<T>* grad_weights) {
+  using P = Pack<T, kPack>;
+  const int64_t slot = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
+  if (slot >= num_slots) return;
+  const int64_t row = row_map[slot];
+  const T* grad = grad_out + slot / K * H;
+  const Compute<T> weight = weights ? weights[slot] : Compute<T>(1);
+  Compute<T> dot = 0;
+  if (row >= 0) {
+    for (int64_t h = threadIdx.x % kWarp * kPack; h < H; h += kWarp * kPack) {
+      const P g = *reinterpret_cast<const P*>(grad + h);
+      if (grad_weights) {
+        const P x = *reinterpret_cast<const P*>(rows + row * H + h);
+        for (int i = 0; i < kPack; ++i) dot += widen(g.values[i]) * widen(x.values[i]);
+      }
+      if (grad_rows) {
+        P pack;
+        for (int i = 0; i < kPack; ++i) pack.values[i] = narrow<T>(weight * widen(g.values[i]));
+        *reinterpret_cast<P*>(grad_rows + row * H + h) = pack;
+      }
+    }
+  }
+  if (!grad_weights) return;
+  dot = warp_sum(dot);
+  if (threadIdx.x % kWarp == 0) grad_weights[slot] = dot;
+}
+
+// Calls fn with the number of elements to go by: those of 16 bytes if all rows lie so, or 1.
+template <class T, class Fn, class... Data>
+void dispatch_pack(int64_t H, const Fn& fn, const Data*... data) {
+  if ((is_aligned(data, H, sizeof(T)) && ...)) {
+    fn(std::integral_constant<int, kPackOf<T>>{});
+  } else {
+    fn(std::integral_constant<int, 1>{});
+  }
+}
+
+int64_t blocks_for(int64_t warps) { return ceil_div(warps, kRowsPerBlock); }
+
+}  // namespace
+
+void gather_rows(
+    Type type, const void* tokens, const int32_t* slot_of_row, const int32_t* num_used, int64_t N,
+    int64_t K, int64_t H, void* permuted, cudaStream_t stream) {
+  if (N == 0 || H == 0) return;
+  dispatch(type, [&](auto element) {
+    using T = decltype(element);
+    dispatch_pack<T>(
+        H,
+        [&](auto pack) {
+          launch(
+              gather_rows_kernel<T, pack()>, blocks_for(N), kThreads, 0, stream,
+              static_cast<const T*>(tokens), slot_of_row, num_used, N, K, H,
+              static_cast<T*>(permuted));
+        },
+        static_cast<const T*>(tokens), static_cast<const T*>(permuted));
+  });
+}
+
+void unpermute(
+    Type type, const void* rows, const int32_t* row_map, const void* weights, int64_t T_, int64_t K,
+    int64_t H, void* out, cudaStream_t stream) {
+  if (T_ == 0 || H == 0) return;
+  dispatch(type, [&](auto element) {
+    using T = decltype(element);
+    dispatch_pack<T>(
+        H,
+        [&](auto pack) {
+          launch(
+              unpermute_kernel<T, pack()>, blocks_for(T_), kThreads, 0, stream,
+              static_cast<const T*>(rows), row_map, static_cast<const Compute<T>*>(weights), T_, K,
+              H, static_cast<T*>(out));
+        },
+        static_cast<const T*>(rows), static_cast<const T*>(out));
+  });
+}
+
+void unpermute_backward(
+    Type type, const void* grad_out, const void* rows, const int32_t* row_map, const void* weights,
+    int64_t T_, int64_t K, int64_t H, void* grad_rows, void* grad_weights, cudaStream_t stream) {
+  if (T_ * K == 0) return;
+  dispatch(type, [&](auto element) {
+    using T = decltype(element);
+    dispatch_pack<T>(
+        H,
+        [&](auto pack) {
+          launch(
+              unpermute_backward_kernel<T, pack()>, blocks_for(T_ * K), kThreads, 0, stream,
+              static_cast<const T*>(grad_out), static_cast<const T*>(rows), row_map,
+              static_cast<const Compute<T>*>(weights), T_ * K, K, H, static_cast<T*>(grad_rows),
+              static_cast<Compute<T>*>(grad_weights));
+        },
+        static_cast<const T*>(grad_out), static_cast<const T*>(rows),
+        static_cast<const T*>(grad_rows));
+  });
+}
+
+}  // namespace moe_ext::cuda

@@ -1,0 +1,55 @@
+#include "ops/unpermute.h"
+
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include "cuda/operands.h"
+
+namespace moe_ext::cuda {
+namespace {
+
+at::Tensor unpermute_op(
+    const at::Tensor& rows_, const at::Tensor& row_map_,
+    const std::optional<at::Tensor>& topk_weights) {
+  check_unpermute(rows_, row_map_, topk_weights);
+  const c10::cuda::CUDAGuard device_guard(rows_.device());
+  const at::Tensor rows = rows_.contiguous(), row_map = row_map_.contiguous();
+  const at::Tensor weights = contiguous_in(topk_weights, compute_dtype(rows.scalar_type()));
+  const at::Tensor out = empty_unpermuted(rows, row_map);
+  unpermute(
+      type_of(rows), rows.const_data_ptr(), row_map.const_data_ptr<int32_t>(),
+      any_data_or_null(weights), row_map.size(0), row_map.size(1), rows.size(1),
+      out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> unpermute_backward_op(
+    const at::Tensor& grad_out_, const at::Tensor& rows_, const at::Tensor& row_map_,
+    const std::optional<at::Tensor>& topk_weights, std::array<bool, 2> output_mask) {
+  check_unpermute_backward(grad_out_, rows_, row_map_, topk_weights);
+  const c10::cuda::CUDAGuard device_guard(rows_.device());
+  const at::Tensor grad_out = grad_out_.contiguous(), rows = rows_.contiguous();
+  const at::Tensor row_map = row_map_.contiguous();
+  const at::Tensor weights = contiguous_in(topk_weights, compute_dtype(rows.scalar_type()));
+  at::Tensor grad_rows, grad_weights;
+  if (output_mask[0]) grad_rows = at::zeros_like(rows);  // rows that no slot has stay so
+  if (output_mask[1] && weights.defined()) grad_weights = at::zeros_like(weights);
+  unpermute_backward(
+      type_of(rows), grad_out.const_data_ptr(), rows.const_data_ptr(),
+      row_map.const_data_ptr<int32_t>(), any_data_or_null(weights), row_map.size(0),
+      row_map.size(1), rows.size(1), mutable_data_or_null(grad_rows),
+      mutable_data_or_null(grad_weights), c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  if (grad_weights.defined()) grad_weights = grad_weights.to(topk_weights->scalar_type());
+  return {grad_rows, grad_weights};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
+  m.impl("unpermute", unpermute_op);
+  m.impl("_unpermute_backward", unpermute_backward_op);
+}
+
+}  // namespace moe_ext::cuda
