@@ -540,8 +540,9 @@ class MoE(nn.Module):
         """Holds the loss for `last_aux_loss`; warns once if training lets one go untaken."""
         if torch.compiler.is_compiling():
             # Inside a compiled checkpoint this assignment is refused, and a returned loss does
-            # without it; an exported program has no attributes.
-            if not (taken or torch.compiler.is_exporting()):
+            # without it; an exported program has no attributes. (The flag itself: before torch 2.13
+            # is_exporting() says True to every compilation.)
+            if not (taken or torch.compiler._is_exporting_flag):
                 self._aux_loss = loss
             return
         if _in_backward():

@@ -160,6 +160,7 @@ def test_optimizer_hook_and_close(tmp_path):
 
 
 def test_resume(tmp_path):
+    pytest.importorskip("matplotlib")
     path = tmp_path / "m.jsonl"
     model = make_model()
 
