@@ -1,5 +1,6 @@
 """What installing relies on; the installations themselves are too slow for the suite."""
 
+import os
 import re
 import subprocess
 import sys
@@ -39,6 +40,39 @@ def test_the_build_asks_for_the_torch_of_the_target(backend, monkeypatch, tmp_pa
         "Metadata-Version: 2.1\nName: torch\nVersion: 2.12.1+cu130\n"
     )
     assert backend.get_requires_for_build_wheel()[0] == "torch==2.12.1"
+
+
+@pytest.mark.parametrize("version,expected", [("2.13.0+cpu", "0"), ("2.12.1+cu130", None)])
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+def test_a_target_without_cuda_gets_none(backend, monkeypatch, version, expected, hook):
+    seen = []
+    monkeypatch.setenv("MOE_EXT_CUDA", "")  # so that what is set here is undone
+    monkeypatch.delenv("MOE_EXT_CUDA")
+    monkeypatch.setattr(backend, "_target_torch", lambda: version)
+    monkeypatch.setattr(
+        backend.build_meta, hook, lambda *_: seen.append(os.environ.get("MOE_EXT_CUDA"))
+    )
+    getattr(backend, hook)("folder")
+    assert seen == [expected]
+    monkeypatch.setenv("MOE_EXT_CUDA", "1")  # whoever says so, knows better
+    getattr(backend, hook)("folder")
+    assert seen[1] == "1"
+
+
+def test_the_toolkit_is_where_nvcc_says(tmp_path):
+    """Not above a wrapper of it."""
+    wrapper = tmp_path / "wrapped" / "bin" / "nvcc"
+    wrapper.parent.mkdir(parents=True)
+    wrapper.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}/real/bin/..' >&2\n")
+    wrapper.chmod(0o755)
+    (tmp_path / "real" / "bin").mkdir(parents=True)
+    source = (ROOT / "setup.py").read_text().split("with_cuda = wants_cuda()")[0]
+    script = source + "\nprint(toolkit_home())\n"
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path / "wrapped")}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == str(tmp_path / "real")
 
 
 def test_project_metadata():
