@@ -437,7 +437,7 @@ class MoE(nn.Module):
             token_mask = token_mask.reshape(-1)
             tokens = tokens.masked_fill(~token_mask.unsqueeze(1), 0)
         if topk_ids is not None:
-            topk_ids = topk_ids.reshape(-1, topk_ids.shape[-1])
+            topk_ids = topk_ids.reshape(tokens.shape[0], topk_ids.shape[-1])
         routed = self._route(tokens, topk_ids, token_mask)
         y = self.experts(tokens, *self._assignment(routed))
         if self.shared_expert is not None:

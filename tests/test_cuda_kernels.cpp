@@ -1,5 +1,6 @@
 // The CUDA kernels on the host, against the CPU's: `make test-kernels`. What only a GPU can show
-// (that nvcc's code does the same, races between blocks, speed) is not tested here.
+// (that nvcc's code does the same, races between blocks, speed) is not tested here. The Makefile
+// puts cuda_emulation.h before everything.
 #include <cstdio>
 #include <random>
 #include <string>
@@ -9,7 +10,6 @@
 #include "cuda/kernels/plan.cu"
 #include "cuda/kernels/router.cu"
 #include "cuda/kernels/unpermute.cu"
-#include "cuda_emulation.h"
 
 namespace {
 

@@ -548,6 +548,10 @@ BAD_CALLS = [
     ({"token_mask": torch.ones(4).bool()}, "MoE: token_mask must be [3], got [4]"),
     ({"token_mask": torch.ones(3)}, "MoE: token_mask must be torch.bool, got torch.float32"),
     ({"topk_ids": torch.ones(4, K).long()}, f"MoE: topk_ids must be [3] and K, got [4, {K}]"),
+    (
+        {"topk_ids": torch.ones(3, 0).long()},
+        "load_balancing_loss: topk_ids must have K >= 1, got K=0",
+    ),
     ({"x": torch.zeros(3, H).double()}, "moe_ffn: gate_up_proj must be Double, got Float"),
 ]
 

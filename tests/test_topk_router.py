@@ -180,3 +180,19 @@ def test_empty_strided_and_double_backward(device):
     (grad,) = torch.autograd.grad(weights.square().sum(), leaf_logits, create_graph=True)
     with pytest.raises(RuntimeError, match="topk_router: second derivatives"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_weights_of_no_choices(device, score_function, renormalize):
+    logits = leaf(torch.randn(5, 4, dtype=torch.float64, device=device))
+    ids = torch.zeros(5, 0, dtype=torch.int64, device=device)
+    options = {"score_function": score_function, "renormalize": renormalize, "scaling_factor": 1.0}
+    results = []
+    for fn in (torch.ops.moe_ext._router_weights, reference.router_weights):
+        weights, probs = fn(logits, ids, **options)
+        assert weights.shape == (5, 0)
+        (grad,) = torch.autograd.grad(weights.sum() + probs.square().sum(), logits)
+        results.append((probs.detach(), grad))
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < 1e-12

@@ -77,6 +77,7 @@ MOE_HOST_DEVICE void gather_choices(const T* z, int64_t E, const int64_t* ids, i
 template <class Row, class T = typename Row::Scalar>
 MOE_HOST_DEVICE void softmax_of_choices(
     const T* z, int64_t E, const int64_t* ids, int64_t K, T* y) {
+  if (K == 0) return;
   gather_choices<Row>(z, E, ids, K, y);
   softmax<Row>(y, K, y);
   Row::once([&] {
