@@ -500,12 +500,13 @@ class MoE(nn.Module):
         def count(ids: Tensor) -> Tensor:
             return torch.ops.moe_ext._tokens_per_expert.default(ids, self.num_experts)
 
-        ids = routed.topk_ids if routed.pairs is None else routed.pairs[1].unsqueeze(1)
-        self._tokens_per_expert.copy_(count(ids))
+        kept = count(routed.topk_ids)
+        ran = kept if routed.pairs is None else count(routed.pairs[1].unsqueeze(1))
+        self._tokens_per_expert.copy_(ran)
         if routed.chosen_ids is None:
             self._dropped.zero_()
         else:
-            self._dropped.copy_(count(routed.chosen_ids).sum() - count(routed.topk_ids).sum())
+            self._dropped.copy_(count(routed.chosen_ids).sum() - kept.sum())
         if self._monitor_totals is not None and self.training:
             probs = routed.router_probs.detach()
             entropy = torch.ops.moe_ext._router_entropy.default(probs, token_mask)

@@ -27,7 +27,7 @@ void keep_earliest(
   for (int64_t k = 0; k < K; ++k) {
     for (int64_t slot = k; slot < T * K; slot += K) {
       const int64_t e = ids[slot];
-      if (e >= 0 && e < E && used[e] < capacity) {
+      if (is_valid(e, E) && used[e] < capacity) {
         kept[slot] = e;
         ++used[e];
       }

@@ -26,11 +26,7 @@ std::vector<std::vector<int64_t>> best_tokens(
       // Most keys are no better than what is there: one comparison with a threshold, beside its
       // neighbours'. NaN is compared so that it passes, which costs time only.
       T threshold[kBlock];
-      const auto refresh = [&](int64_t i) {
-        threshold[i] =
-            best[i].is_full() ? best[i].threshold() : -std::numeric_limits<T>::infinity();
-      };
-      for (int64_t i = 0; i < size; ++i) refresh(i);
+      for (int64_t i = 0; i < size; ++i) threshold[i] = best[i].threshold();
       for (int64_t t = 0; t < num_tokens; ++t) {
         const T* row = probs + t * E + first;
         int candidates = 0;
@@ -39,7 +35,7 @@ std::vector<std::vector<int64_t>> best_tokens(
         for (int64_t i = 0; i < size; ++i) {
           if (row[i] <= threshold[i] || !allowed(t, first + i)) continue;
           best[i].push(row[i], t);
-          refresh(i);
+          threshold[i] = best[i].threshold();
         }
       }
       for (int64_t i = 0; i < size; ++i) tokens[first + i] = best[i].take();
@@ -80,7 +76,7 @@ void round_tokens_kernel(
     for (int64_t k = 0; k < K; ++k) {
       const int64_t id = ids[t * K + k];
       if (id == e) return false;
-      routed = routed || (id >= 0 && id < E);
+      routed = routed || is_valid(id, E);
     }
     return routed;
   });

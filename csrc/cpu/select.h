@@ -6,6 +6,8 @@
 #include <limits>
 #include <vector>
 
+#include "common/score_function.h"  // is_valid
+
 namespace moe_ext::cpu {
 
 // Keeps the `count` largest of the keys pushed, in any number; ties go to the earlier one. NaN
@@ -13,15 +15,15 @@ namespace moe_ext::cpu {
 template <class T>
 class Best {
  public:
-  explicit Best(int64_t count) : count_(count), full_(count == 0) {}
+  explicit Best(int64_t count)
+      : count_(count), full_(count == 0), threshold_(full_ ? kHighest : -kHighest) {}
 
-  // A push of a key at or below this one changes nothing. (NaN and -infinity are above none, and
-  // matter only until `count` keys are there.)
+  // A push of a key at or below this one changes nothing, but for one of -infinity before `count`
+  // keys are there.
   T threshold() const { return threshold_; }
-  bool is_full() const { return full_; }
 
   void push(T key, int64_t index) {
-    if (key != key) key = -std::numeric_limits<T>::infinity();
+    if (key != key) key = -kHighest;
     if (full_ && !(key > threshold_)) return;
     items_.push_back({key, index});
     if (static_cast<int64_t>(items_.size()) >= 2 * count_ + kSlack) shrink();
@@ -40,6 +42,7 @@ class Best {
 
  private:
   static constexpr int64_t kSlack = 64;
+  static constexpr T kHighest = std::numeric_limits<T>::infinity();
 
   struct Item {
     T key;
@@ -58,7 +61,7 @@ class Best {
 
   int64_t count_;
   bool full_;
-  T threshold_ = std::numeric_limits<T>::infinity();  // of no keys
+  T threshold_;
   std::vector<Item> items_;
 };
 
@@ -68,15 +71,14 @@ struct SlotsByExpert {
   std::vector<int64_t> slots;
 
   SlotsByExpert(const int64_t* ids, int64_t num_slots, int64_t E) : offsets(E + 1, 0) {
-    const auto valid = [E](int64_t id) { return id >= 0 && id < E; };
     for (int64_t s = 0; s < num_slots; ++s) {
-      if (valid(ids[s])) ++offsets[ids[s] + 1];
+      if (is_valid(ids[s], E)) ++offsets[ids[s] + 1];
     }
     for (int64_t e = 0; e < E; ++e) offsets[e + 1] += offsets[e];
     slots.resize(offsets[E]);
     std::vector<int64_t> next(offsets.begin(), offsets.end() - 1);
     for (int64_t s = 0; s < num_slots; ++s) {
-      if (valid(ids[s])) slots[next[ids[s]]++] = s;
+      if (is_valid(ids[s], E)) slots[next[ids[s]]++] = s;
     }
   }
 
@@ -98,7 +100,7 @@ inline int64_t count_routed_tokens(const int64_t* ids, int64_t T, int64_t K, int
   int64_t tokens = 0;
   for (int64_t t = 0; t < T; ++t) {
     tokens +=
-        std::any_of(ids + t * K, ids + (t + 1) * K, [E](int64_t id) { return id >= 0 && id < E; });
+        std::any_of(ids + t * K, ids + (t + 1) * K, [E](int64_t id) { return is_valid(id, E); });
   }
   return tokens;
 }

@@ -54,10 +54,7 @@ __device__ T group_score(const T* keys, int64_t size) {
 }
 
 // What a warp needs: a row of keys, one of the groups' scores, and K numbers.
-template <class T>
-__host__ __device__ int64_t row_numbers(int64_t E, int64_t K) {
-  return 2 * E + K;
-}
+__host__ __device__ int64_t row_numbers(int64_t E, int64_t K) { return 2 * E + K; }
 
 template <class T>
 __device__ T* own_row(int64_t numbers) {
@@ -73,8 +70,8 @@ __global__ void choose_kernel(
   const int64_t t = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (t >= num_tokens) return;
   const T* z = logits + t * E;
-  T* scores = own_row<T>(row_numbers<T>(E, K));
-  T* groups = scores + E;  // of a group: its score; NaN once it is chosen
+  T* scores = own_row<T>(row_numbers(E, K));
+  T* groups = scores + E;  // of a group: its score, then whether it is chosen
   const int64_t size = E / num_groups;
   const T* keys = z;
   if (bias || num_groups > 1) {
@@ -137,7 +134,7 @@ __global__ void weights_backward_kernel(
   Score::template backward<WarpRow<T>>(
       logits + t * E, E, ids + t * K, K, renormalize, scale,
       grad_weights ? grad_weights + t * K : nullptr, grad_probs ? grad_probs + t * E : nullptr,
-      grad_logits + t * E, own_row<T>(row_numbers<T>(E, K)));
+      grad_logits + t * E, own_row<T>(row_numbers(E, K)));
 }
 
 // fn(score, number, warps of a block, bytes of shared memory) in the compute type.
@@ -145,7 +142,7 @@ template <class Fn>
 void dispatch_router(const RouterArgs& args, const Fn& fn) {
   if (args.T == 0) return;
   const auto run = [&](auto score, auto number) {
-    const size_t bytes = row_numbers<decltype(number)>(args.E, args.K) * sizeof(number);
+    const size_t bytes = row_numbers(args.E, args.K) * sizeof(number);
     int warps = kMostWarps;
     while (warps > 1 && warps * bytes > kSharedBytes) warps /= 2;
     fn(score, number, warps, warps * bytes);
@@ -162,7 +159,7 @@ void dispatch_router(const RouterArgs& args, const Fn& fn) {
 }  // namespace
 
 bool router_fits(Type type, int64_t E, int64_t K) {
-  const int64_t numbers = row_numbers<float>(E, K);
+  const int64_t numbers = row_numbers(E, K);
   return numbers * (type == Type::kF64 ? 8 : 4) <= static_cast<int64_t>(kSharedBytes);
 }
 
