@@ -68,7 +68,7 @@ build/kernels-%: $(KERNELS) $(wildcard csrc/cpu/kernels/*.h csrc/common/*.h) csr
 build/cuda-kernels: build/kernels-address,undefined tests/test_cuda_kernels.cpp \
     tests/cuda_emulation.h $(wildcard csrc/cuda/kernels/*)
 	@echo "== building the CUDA kernels for the host"
-	@c++ -std=c++17 -O1 -g -Wall -Icsrc -include tests/cuda_emulation.h \
+	@c++ -std=c++17 -O1 -g -Wall -Wno-unknown-pragmas -Icsrc -include tests/cuda_emulation.h \
 	  -fsanitize=address,undefined -fno-sanitize-recover=all tests/test_cuda_kernels.cpp \
 	  $(patsubst csrc/cpu/kernels/%,$<-objects/%.o,$(wildcard csrc/cpu/kernels/*.cpp)) -o $@
 

@@ -3,19 +3,20 @@
 // A kernel's source is included after this header and compiled by the host's compiler, so that its
 // indices, barriers and shuffles can be tested, under sanitizers too, on a machine without a GPU.
 // It knows what the kernels here use and no more: one-dimensional blocks, shared memory,
-// __syncthreads, the warp's shuffles and votes with a full mask. A thread that leaves counts as
-// arrived.
+// __syncthreads, the warp's shuffles and votes with a full mask, the tensor cores' fragments. A
+// thread that leaves counts as arrived.
 #pragma once
 
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #define __global__
@@ -34,9 +35,12 @@ namespace emulation {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 128 << 10;
 
+// Fibers serve one block after the other. Its context is to begin with; then fiber and scheduler
+// jump, since changing contexts calls the system.
 struct Fiber {
-  ucontext_t context;  // to begin with; then the two jump, since swapcontext calls the system
-  jmp_buf place;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  void* place[5];
   bool started = false;
   bool done = false;
 };
@@ -50,18 +54,18 @@ struct Meeting {
 };
 
 struct Block {
-  std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
   Meeting all;
-  jmp_buf scheduler;
+  void* scheduler[5];
   int current = 0;
   std::function<void()> body;
 };
 
 inline Block* block = nullptr;
+inline std::vector<std::unique_ptr<Fiber>> fibers;
 
 inline void yield() {
-  if (_setjmp(block->fibers[block->current].place) == 0) _longjmp(block->scheduler, 1);
+  if (__builtin_setjmp(fibers[block->current]->place) == 0) __builtin_longjmp(block->scheduler, 1);
 }
 
 inline void release_if_complete(Meeting& meeting) {
@@ -97,23 +101,19 @@ T exchange(T value, int from) {
 }
 
 inline void enter() {
-  Block& b = *block;
-  b.body();
-  Fiber& fiber = b.fibers[b.current];
-  fiber.done = true;
-  Meeting& mine = warp();
-  --mine.size;
-  release_if_complete(mine);
-  --b.all.size;
-  release_if_complete(b.all);
-  _longjmp(b.scheduler, 1);
+  for (;;) {
+    block->body();
+    fibers[block->current]->done = true;
+    for (Meeting* meeting : {&warp(), &block->all}) {
+      --meeting->size;
+      release_if_complete(*meeting);
+    }
+    yield();  // until the next block
+  }
 }
-
-inline std::vector<std::unique_ptr<char[]>> stacks;  // of all blocks, one after the other
 
 inline void run_block(int count, const std::function<void()>& body) {
   Block b;
-  b.fibers = std::vector<Fiber>(count);
   b.warps = std::vector<Meeting>((count + kWarp - 1) / kWarp);
   for (int i = 0; i < count; ++i) ++b.warps[i / kWarp].size;
   for (Meeting& warp : b.warps) {
@@ -124,24 +124,27 @@ inline void run_block(int count, const std::function<void()>& body) {
   b.body = body;
   block = &b;
   for (int i = 0; i < count; ++i) {
-    Fiber& fiber = b.fibers[i];
-    if (static_cast<int>(stacks.size()) <= i) stacks.emplace_back(new char[kStack]);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks[i].get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
+    if (static_cast<int>(fibers.size()) <= i) {
+      fibers.emplace_back(new Fiber);
+      ucontext_t& context = fibers[i]->context;
+      getcontext(&context);
+      context.uc_stack.ss_sp = fibers[i]->stack.get();
+      context.uc_stack.ss_size = kStack;
+      context.uc_link = nullptr;
+      makecontext(&context, enter, 0);
+    }
+    fibers[i]->done = false;
   }
   for (int left = count; left > 0;) {
     for (b.current = 0; b.current < count; ++b.current) {
-      Fiber& fiber = b.fibers[b.current];
+      Fiber& fiber = *fibers[b.current];
       if (fiber.done) continue;
-      if (_setjmp(b.scheduler) == 0) {
-        if (fiber.started) _longjmp(fiber.place, 1);
+      if (__builtin_setjmp(b.scheduler) == 0) {
+        if (fiber.started) __builtin_longjmp(fiber.place, 1);
         fiber.started = true;
         setcontext(&fiber.context);
       }
-      left -= b.fibers[b.current].done;
+      left -= fibers[b.current]->done;
     }
   }
   block = nullptr;
@@ -153,6 +156,7 @@ struct Index {
 inline Index grid_size, block_size, block_index;
 inline Index thread_index() { return {static_cast<unsigned>(block->current)}; }
 inline std::vector<char> shared_memory;
+constexpr size_t kSharedAlignment = 128;
 
 }  // namespace emulation
 
@@ -191,6 +195,9 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   return bits;
 }
 
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 template <class T>
 T atomicAdd(T* at, T value) {
   const T before = *at;
@@ -223,6 +230,81 @@ inline void cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);
 }
 
+// Lane 0 holds the whole of a fragment and does all its work.
+namespace nvcuda::wmma {
+
+struct matrix_a {};
+struct matrix_b {};
+struct accumulator {};
+struct row_major {};
+struct col_major {};
+enum layout_t { mem_row_major };
+namespace precision {
+struct tf32 {};
+}  // namespace precision
+
+inline float number(float x) { return x; }
+inline float number(BFloat16 x) { return __bfloat162float(x); }
+inline float number(Half x) { return __half2float(x); }
+
+// Rounded to 10 bits, ties away from zero.
+inline float __float_to_tf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = (bits + 0x1000) & ~uint32_t(0x1fff);
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// x[i * K + k] of either operand, x[i * 16 + j] of a sum.
+template <class Use, int M, int N, int K, class Number, class Layout = void>
+struct fragment {
+  static constexpr int num_elements = std::is_same_v<Use, accumulator> ? M * N : M * K;
+  static_assert(M == 16 && N == 16);
+  float x[num_elements];
+};
+
+template <class Fragment>
+void fill_fragment(Fragment& fragment, float value) {
+  std::fill_n(fragment.x, Fragment::num_elements, value);
+}
+
+template <class Use, int K, class Number, class Layout, class T>
+void load_matrix_sync(fragment<Use, 16, 16, K, Number, Layout>& to, const T* from, unsigned ld) {
+  if (reinterpret_cast<uintptr_t>(from) % 32 != 0 || ld * sizeof(T) % 16 != 0) std::abort();
+  if (emulation::lane() != 0) return;
+  const bool k_dense = std::is_same_v<Use, matrix_a> == std::is_same_v<Layout, row_major>;
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < K; ++k) to.x[i * K + k] = number(from[k_dense ? i * ld + k : k * ld + i]);
+  }
+}
+
+template <int K, class Number, class A, class B>
+void mma_sync(
+    fragment<accumulator, 16, 16, K, float>& d, const fragment<matrix_a, 16, 16, K, Number, A>& a,
+    const fragment<matrix_b, 16, 16, K, Number, B>& b,
+    const fragment<accumulator, 16, 16, K, float>& c) {
+  if (emulation::lane() != 0) return;
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) {
+      float sum = c.x[i * 16 + j];
+      for (int k = 0; k < K; ++k) sum += a.x[i * K + k] * b.x[j * K + k];
+      d.x[i * 16 + j] = sum;
+    }
+  }
+}
+
+template <int K>
+void store_matrix_sync(
+    float* to, const fragment<accumulator, 16, 16, K, float>& from, unsigned ld, layout_t) {
+  if (reinterpret_cast<uintptr_t>(to) % 32 != 0 || ld % 4 != 0) std::abort();
+  __syncwarp();
+  if (emulation::lane() != 0) return;
+  for (int i = 0; i < 256; ++i) to[i / 16 * ld + i % 16] = from.x[i];
+}
+
+}  // namespace nvcuda::wmma
+
 // What CUB does is taken for granted.
 namespace cub {
 struct DeviceRadixSort {
@@ -234,7 +316,8 @@ struct DeviceRadixSort {
     if (!workspace) return;
     std::vector<int> order(count);
     for (int i = 0; i < count; ++i) order[i] = i;
-    const auto key = [&](int i) { return keys[i] & ((uint64_t(1) << end_bit) - 1); };
+    const uint64_t bits = end_bit < 64 ? (uint64_t(1) << end_bit) - 1 : ~uint64_t(0);
+    const auto key = [&](int i) { return keys[i] & bits; };
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return key(a) < key(b); });
     for (int i = 0; i < count; ++i) {
       sorted_keys[i] = keys[order[i]];
@@ -254,11 +337,16 @@ void launch(
   emulation::block_size = {static_cast<unsigned>(threads)};
   for (int64_t i = 0; i < blocks; ++i) {
     emulation::block_index = {static_cast<unsigned>(i)};
-    emulation::shared_memory.assign(shared, static_cast<char>(0xff));  // NaN, not zeros
+    // NaN, not zeros.
+    emulation::shared_memory.assign(shared + emulation::kSharedAlignment, static_cast<char>(0xff));
     emulation::run_block(threads, [&] { kernel(args...); });
   }
 }
 
-inline char* dynamic_shared() { return emulation::shared_memory.data(); }
+inline char* dynamic_shared() {
+  const auto at = reinterpret_cast<uintptr_t>(emulation::shared_memory.data());
+  constexpr uintptr_t kAlignment = emulation::kSharedAlignment;
+  return reinterpret_cast<char*>((at + kAlignment - 1) / kAlignment * kAlignment);
+}
 
 }  // namespace moe_ext::cuda

@@ -6,7 +6,11 @@
 #include <string>
 
 #include "cpu/kernels/kernels.h"
+#include "cpu/select.h"
 #include "cuda/kernels/aux_loss.cu"
+#include "cuda/kernels/experts.cu"
+#include "cuda/kernels/grouped_gemm.cu"
+#include "cuda/kernels/pairs.cu"
 #include "cuda/kernels/plan.cu"
 #include "cuda/kernels/router.cu"
 #include "cuda/kernels/unpermute.cu"
@@ -49,6 +53,26 @@ std::vector<T> randoms(int64_t count, std::mt19937& random) {
   return values;
 }
 
+// O(1) numbers as they are stored, `offset` elements into the memory, and as doubles.
+template <class T>
+std::vector<T> store_randoms(
+    int64_t count, int64_t offset, std::vector<double>& values, std::mt19937& random) {
+  values = randoms<double>(count, random);
+  std::vector<T> data(count + offset);
+  for (int64_t i = 0; i < count; ++i) {
+    data[offset + i] = cuda::narrow<T>(static_cast<cuda::Compute<T>>(values[i]));
+    values[i] = cuda::widen(data[offset + i]);
+  }
+  return data;
+}
+
+template <class T>
+std::vector<double> widen_all(const std::vector<T>& data, int64_t offset) {
+  std::vector<double> values;
+  for (size_t i = offset; i < data.size(); ++i) values.push_back(cuda::widen(data[i]));
+  return values;
+}
+
 // kinds: 0 random, 1 one expert, 2 with skipped ones, 3 all skipped.
 std::vector<int64_t> make_ids(int64_t N, int64_t E, int kind, std::mt19937& random) {
   std::vector<int64_t> ids(N);
@@ -70,7 +94,7 @@ PlanOf plan(const std::vector<int64_t>& ids, int64_t E) {
       std::vector<int32_t>(N, -7), std::vector<int32_t>(E + 1, -7), std::vector<int32_t>(N, -7)};
   std::vector<char> workspace(cuda::plan_workspace(N, E));
   cuda::make_plan(
-      cuda::IdType::kI64, ids.data(), N, E, p.row_map.data(), p.offsets.data(),
+      cuda::IdType::kI64, ids.data(), nullptr, N, E, p.row_map.data(), p.offsets.data(),
       p.slot_of_row.data(), workspace.data(), nullptr);
   return p;
 }
@@ -111,19 +135,9 @@ void test_rows(
   const std::vector<int64_t> ids = make_ids(N, E, kind, random);
   const PlanOf p = plan(ids, E);
   const auto stored = [&](int64_t count, std::vector<double>& values) {
-    values = randoms<double>(count, random);
-    std::vector<T> data(count + offset);
-    for (int64_t i = 0; i < count; ++i) {
-      data[offset + i] = cuda::narrow<T>(static_cast<C>(values[i]));
-      values[i] = cuda::widen(data[offset + i]);
-    }
-    return data;
+    return store_randoms<T>(count, offset, values, random);
   };
-  const auto widened = [&](const std::vector<T>& data) {
-    std::vector<double> values;
-    for (size_t i = offset; i < data.size(); ++i) values.push_back(cuda::widen(data[i]));
-    return values;
-  };
+  const auto widened = [&](const std::vector<T>& data) { return widen_all(data, offset); };
   std::vector<double> x, g;
   const std::vector<T> tokens_data = stored(tokens * H, x), grad_data = stored(tokens * H, g);
   const std::vector<C> weights = randoms<C>(N, random);
@@ -133,8 +147,8 @@ void test_rows(
       type, tokens_data.data() + offset, p.slot_of_row.data(), &p.offsets[E], N, K, H,
       rows.data() + offset, nullptr);
   cuda::unpermute(
-      type, rows.data() + offset, p.row_map.data(), weights.data(), tokens, K, H,
-      out.data() + offset, nullptr);
+      type, rows.data() + offset, p.row_map.data(), weights.data(), tokens, {K, nullptr, nullptr},
+      H, out.data() + offset, nullptr);
   std::vector<double> expected_rows(N * H), expected_out(tokens * H), expected_grad(N * H);
   std::vector<C> expected_weights(N), grad_weights(N, C(-7));
   for (int64_t s = 0; s < N; ++s) {
@@ -157,6 +171,345 @@ void test_rows(
       tokens, K, H, grad_rows.data() + offset, grad_weights.data(), nullptr);
   expect(error(widened(grad_rows), expected_grad) < tolerance, name + ": grad_rows");
   expect(error(grad_weights, expected_weights) < 1e-5, name + ": grad_weights");
+}
+
+// Rows of 5 experts, of which one is idle, and 3 rows past them.
+struct GroupedRows {
+  std::vector<int32_t> offsets{0, 3, 3, 3 + 150, 160, 171};
+  static constexpr int64_t kExperts = 5, kRows = 174;
+
+  int64_t used() const { return offsets.back(); }
+  int64_t expert_of(int64_t row) const {
+    int64_t e = 0;
+    while (row >= offsets[e + 1]) ++e;
+    return e;
+  }
+  cuda::ExpertRows rows(cuda::Type type) const { return {type, kRows, kExperts, offsets.data()}; }
+};
+
+// The products of both kinds against sums in double; k_dense: how the weights lie.
+template <class T>
+void test_products(
+    cuda::Type type, bool tf32, int64_t N, int64_t K, bool k_dense, bool with_bias, int64_t offset,
+    double tolerance, std::mt19937& random) {
+  const std::string name = "product of type " + std::to_string(static_cast<int>(type)) + " tf32 " +
+                           std::to_string(tf32) + " N " + std::to_string(N) + " K " +
+                           std::to_string(K) + " k_dense " + std::to_string(k_dense) + " offset " +
+                           std::to_string(offset);
+  const GroupedRows grouped;
+  constexpr int64_t E = GroupedRows::kExperts, R = GroupedRows::kRows;
+  std::vector<double> x, w, b, y;
+  const std::vector<T> rows = store_randoms<T>(R * K, offset, x, random);
+  const std::vector<T> weights = store_randoms<T>(E * N * K, offset, w, random);
+  const std::vector<T> bias = store_randoms<T>(E * N, offset, b, random);
+  const std::vector<T> right = store_randoms<T>(R * N, offset, y, random);
+  const auto weight = [&](int64_t e, int64_t n, int64_t k) {
+    return w[e * N * K + (k_dense ? n * K + k : k * N + n)];
+  };
+  std::vector<double> expected(R * N, -7), expected_grad(E * K * N);
+  for (int64_t r = 0; r < grouped.used(); ++r) {
+    const int64_t e = grouped.expert_of(r);
+    for (int64_t n = 0; n < N; ++n) {
+      double sum = with_bias ? b[e * N + n] : 0;
+      for (int64_t k = 0; k < K; ++k) {
+        sum += x[r * K + k] * weight(e, n, k);
+        expected_grad[(e * K + k) * N + n] += x[r * K + k] * y[r * N + n];
+      }
+      expected[r * N + n] = sum;
+    }
+  }
+  std::vector<T> out(R * N + offset, cuda::narrow<T>(-7));
+  const cuda::ProductArgs args{
+      grouped.rows(type),
+      N,
+      K,
+      rows.data() + offset,
+      K,
+      weights.data() + offset,
+      N * K,
+      k_dense ? K : 1,
+      k_dense ? 1 : N,
+      with_bias ? bias.data() + offset : nullptr,
+      out.data() + offset,
+      tf32};
+  cuda::grouped_product(args, nullptr);
+  expect(error(widen_all(out, offset), expected) < tolerance, name);
+  if (k_dense) {
+    std::fill(out.begin(), out.end(), cuda::narrow<T>(-7));
+    cuda::grouped_product_of_few_rows(args, nullptr);
+    expect(error(widen_all(out, offset), expected) < tolerance, name + ", few rows");
+  }
+  std::vector<T> grad(E * K * N + offset, cuda::narrow<T>(-7));
+  cuda::grouped_grad_weights(
+      {grouped.rows(type), K, N, rows.data() + offset, right.data() + offset, grad.data() + offset,
+       tf32},
+      nullptr);
+  expect(error(widen_all(grad, offset), expected_grad) < tolerance, name + ", gradient");
+}
+
+// What is done to rows between the products, against the same in double.
+template <class T>
+void test_experts(
+    cuda::Type type, moe_ext::Activation activation, bool gated, int64_t I, int64_t H,
+    bool with_slots, int64_t offset, double tolerance, std::mt19937& random) {
+  const std::string name = "experts of type " + std::to_string(static_cast<int>(type)) +
+                           " activation " + std::to_string(static_cast<int>(activation)) +
+                           " gated " + std::to_string(gated) + " I " + std::to_string(I) +
+                           " offset " + std::to_string(offset);
+  using C = cuda::Compute<T>;
+  const GroupedRows grouped;
+  const cuda::ExpertRows experts = grouped.rows(type);
+  constexpr int64_t E = GroupedRows::kExperts, R = GroupedRows::kRows;
+  const int64_t W = gated ? 2 * I : I, used = grouped.used();
+  std::vector<double> h, g, d, b, x, hidden_bias;
+  const std::vector<T> hidden = store_randoms<T>(R * W, offset, h, random);
+  const std::vector<T> grads = store_randoms<T>(R * I, offset, g, random);
+  const std::vector<T> grad_out = store_randoms<T>(R * H, offset, d, random);
+  const std::vector<T> bias = store_randoms<T>(E * H, offset, b, random);
+  const std::vector<C> weights = randoms<C>(R, random);
+  std::vector<int32_t> slots(R);
+  for (int64_t r = 0; r < R; ++r) slots[r] = static_cast<int32_t>(with_slots ? R - 1 - r : r);
+  const int32_t* slot_of_row = with_slots ? slots.data() : nullptr;
+
+  std::vector<double> activated(R * I, -7), grad_hidden(R * W, -7), weighted(R * I, -7);
+  std::vector<double> sums(E * H), biased(d), finished(R * H);
+  std::vector<C> grad_weights(R, C(-7));
+  moe_ext::dispatch_activation(activation, gated, [&](auto f) {
+    using F = decltype(f);
+    for (int64_t r = 0; r < used; ++r) {
+      const double weight = weights[slots[r]];
+      double dot = 0;
+      for (int64_t i = 0; i < I; ++i) {
+        const double gate = h[r * W + i], up = gated ? h[r * W + I + i] : 0;
+        const double a = F::value(gate, up);
+        double grad_up = 0;
+        F::grad(gate, up, weight * g[r * I + i], &grad_hidden[r * W + i], &grad_up);
+        if (gated) grad_hidden[r * W + I + i] = grad_up;
+        activated[r * I + i] = a;
+        weighted[r * I + i] = weight * a;
+        dot += a * g[r * I + i];
+      }
+      const int64_t e = grouped.expert_of(r);
+      for (int64_t j = 0; j < H; ++j) {
+        dot += d[r * H + j] * b[e * H + j];
+        sums[e * H + j] += weight * d[r * H + j];
+        biased[r * H + j] += b[e * H + j];
+        finished[r * H + j] = static_cast<double>(weights[r]) * d[r * H + j];
+      }
+      grad_weights[slots[r]] = static_cast<C>(dot);
+    }
+  });
+
+  const auto check = [&](const std::vector<T>& data, const std::vector<double>& expected,
+                         const char* what) {
+    expect(error(widen_all(data, offset), expected) < tolerance, name + ": " + what);
+  };
+  const auto blank = [&](int64_t count) {
+    return std::vector<T>(count + offset, cuda::narrow<T>(-7));
+  };
+  std::vector<T> out = blank(R * I);
+  cuda::activate(
+      experts, activation, gated, hidden.data() + offset, I, out.data() + offset, nullptr);
+  check(out, activated, "activated");
+
+  std::vector<T> dh = blank(R * W), aw = blank(R * I);
+  std::vector<C> dw(R, C(-7));
+  cuda::GradHiddenArgs args{
+      experts,
+      activation,
+      gated,
+      I,
+      H,
+      hidden.data() + offset,
+      grads.data() + offset,
+      weights.data(),
+      slot_of_row,
+      grad_out.data() + offset,
+      bias.data() + offset,
+      dh.data() + offset,
+      aw.data() + offset,
+      dw.data()};
+  cuda::grad_hidden(args, nullptr);
+  check(dh, grad_hidden, "grad_hidden");
+  check(aw, weighted, "weighted");
+  expect(error(dw, grad_weights) < std::min(tolerance, 1e-4), name + ": grad_weights");
+  // In place, and each result alone.
+  std::vector<T> in_place = hidden, grads_in_place = grads;
+  args.hidden = args.grad_hidden = in_place.data() + offset;
+  args.grad = args.weighted = grads_in_place.data() + offset;
+  args.grad_weights = nullptr;
+  cuda::grad_hidden(args, nullptr);
+  const auto same = [&](const std::vector<T>& a, const std::vector<T>& b, int64_t columns) {
+    return std::memcmp(a.data() + offset, b.data() + offset, used * columns * sizeof(T)) == 0;
+  };
+  expect(same(in_place, dh, W) && same(grads_in_place, aw, I), name + ": in place");
+
+  std::vector<T> sum = blank(E * H);
+  cuda::sum_rows(
+      experts, grad_out.data() + offset, weights.data(), slot_of_row, H, sum.data() + offset,
+      nullptr);
+  check(sum, sums, "sums");
+  std::vector<T> rows = grad_out;
+  cuda::add_bias(experts, bias.data() + offset, H, rows.data() + offset, nullptr);
+  check(rows, biased, "bias");
+  rows = grad_out;
+  cuda::finish_rows(experts, weights.data(), H, rows.data() + offset, nullptr);
+  check(rows, finished, "finished");
+  rows = grad_out;
+  cuda::finish_rows(experts, nullptr, H, rows.data() + offset, nullptr);
+  expect(same(rows, grad_out, H), name + ": finished without weights");
+  for (int64_t i = used * H; i < R * H; ++i) {
+    expect(cuda::widen(rows[offset + i]) == 0, name + ": the tail");
+  }
+  std::vector<T> idle = blank(E * H);
+  cuda::zero_idle_experts(experts, H, idle.data() + offset, nullptr);
+  for (int64_t i = 0; i < E * H; ++i) {
+    expect(cuda::widen(idle[offset + i]) == (i / H == 1 ? 0 : -7), name + ": the idle");
+  }
+}
+
+// Capacity, rounding and expert choice against the CPU's selection; distinct ids in a row.
+template <class T>
+void test_pairs(
+    int64_t tokens, int64_t K, int64_t E, int64_t M, double factor, bool few_values,
+    std::mt19937& random) {
+  const std::string name = "pairs T " + std::to_string(tokens) + " K " + std::to_string(K) + " E " +
+                           std::to_string(E) + " M " + std::to_string(M) + " bytes " +
+                           std::to_string(sizeof(T));
+  const cuda::Type type = sizeof(T) == 8 ? cuda::Type::kF64 : cuda::Type::kF32;
+  const int64_t N = tokens * K;
+  std::vector<T> weights = randoms<T>(N, random), probs = randoms<T>(tokens * E, random);
+  const auto coarsen = [&](T& value) {
+    if (!few_values) return;
+    value = static_cast<T>(std::round(value));  // ties, zeros of both signs
+    if (random() % 30 == 0) value = static_cast<T>(NAN);
+    if (random() % 30 == 0) value = static_cast<T>(-INFINITY);
+  };
+  for (T& w : weights) coarsen(w);
+  for (T& p : probs) coarsen(p);
+  std::vector<int64_t> ids(N);
+  std::vector<int64_t> all(E);
+  std::unique_ptr<bool[]> mask(new bool[tokens + 1]);
+  for (int64_t e = 0; e < E; ++e) all[e] = e;
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::shuffle(all.begin(), all.end(), random);
+    mask[t] = random() % 4 > 0;
+    for (int64_t k = 0; k < K; ++k) ids[t * K + k] = mask[t] && random() % 9 > 0 ? all[k] : -1;
+  }
+  const moe_ext::cpu::SlotsByExpert slots(ids.data(), N, E);
+  const int64_t routed = moe_ext::cpu::count_routed_tokens(ids.data(), tokens, K, E);
+
+  cuda::CapacityArgs capacity{tokens, K, E, ids.data(), &factor, 2};
+  const int64_t limit = moe_ext::capacity_of(factor, slots.offsets[E], routed, E, 2);
+  std::vector<char> workspace(cuda::capacity_workspace(type, capacity));
+  std::vector<int64_t> kept(N, -7), expected(N, -1);
+  for (int64_t e = 0; e < E; ++e) {
+    for (const int64_t slot : slots.best(e, weights.data(), limit)) expected[slot] = e;
+  }
+  cuda::apply_capacity(type, capacity, weights.data(), kept.data(), workspace.data(), nullptr);
+  expect(kept == expected, name + ": capacity by weight");
+  std::fill(expected.begin(), expected.end(), -1);
+  std::vector<int64_t> used(E);
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t slot = k; slot < N; slot += K) {
+      if (ids[slot] >= 0 && used[ids[slot]]++ < limit) expected[slot] = ids[slot];
+    }
+  }
+  cuda::apply_capacity(type, capacity, nullptr, kept.data(), workspace.data(), nullptr);
+  expect(kept == expected, name + ": capacity by position");
+
+  struct List {
+    std::vector<int64_t> tokens, experts, slots;
+    explicit List(int64_t size) : tokens(size, -7), experts(size, -7), slots(size, -7) {}
+    int64_t size() const { return static_cast<int64_t>(tokens.size()); }
+    cuda::PairList list() const { return {size(), tokens.data(), experts.data(), slots.data()}; }
+    cuda::MutablePairList buffer() { return {size(), tokens.data(), experts.data(), slots.data()}; }
+    void write(int64_t at, int64_t t, int64_t e, int64_t slot) {
+      tokens[at] = t;
+      experts[at] = e;
+      slots[at] = slot;
+    }
+    bool operator==(const List& other) const {
+      return tokens == other.tokens && experts == other.experts && slots == other.slots;
+    }
+  };
+  std::vector<int64_t> counts(E);
+  std::vector<double> noise(E, 0.3);
+  for (int64_t e = 0; e < E; ++e) counts[e] = slots.count(e);
+  for (const auto rounding :
+       {moe_ext::Rounding::kNearest, moe_ext::Rounding::kUp, moe_ext::Rounding::kDown,
+        moe_ext::Rounding::kStochastic, moe_ext::Rounding::kBalanced}) {
+    capacity.factor = rounding == moe_ext::Rounding::kUp ? &factor : nullptr;
+    const int64_t most = capacity.factor ? limit : routed;
+    List pairs(N + E * M), expected_pairs(N + E * M);
+    std::fill(expected.begin(), expected.end(), -1);
+    int64_t at = 0;
+    for (int64_t e = 0; e < E; ++e) {
+      const int64_t count =
+          moe_ext::round_count(counts.data(), e, E, M, most, rounding, noise.data());
+      const std::vector<int64_t> best = slots.best(e, weights.data(), count);
+      moe_ext::cpu::Best<T> padding(std::max<int64_t>(count - counts[e], 0));
+      for (int64_t t = 0; t < tokens; ++t) {
+        bool is_candidate = false;
+        for (int64_t k = 0; k < K; ++k) is_candidate = is_candidate || ids[t * K + k] >= 0;
+        for (int64_t k = 0; k < K; ++k) is_candidate = is_candidate && ids[t * K + k] != e;
+        if (is_candidate) padding.push(probs[t * E + e], t);
+      }
+      std::vector<std::pair<int64_t, int64_t>> both;
+      for (const int64_t t : padding.take()) both.push_back({t, -1});
+      for (const int64_t slot : best) {
+        both.push_back({slot / K, slot});
+        expected[slot] = e;
+      }
+      std::sort(both.begin(), both.end());
+      for (const auto& [t, slot] : both) expected_pairs.write(at++, t, e, slot);
+    }
+    for (; at < N + E * M; ++at) expected_pairs.write(at, -1, -1, -1);
+    cuda::round_tokens(
+        type, {capacity, M, rounding, noise.data()}, probs.data(), weights.data(), pairs.buffer(),
+        kept.data(), workspace.data(), nullptr);
+    const std::string mode = ": rounding " + std::to_string(static_cast<int>(rounding));
+    expect(kept == expected, name + mode + ", kept");
+    expect(pairs == expected_pairs, name + mode);
+
+    const std::vector<T> topk = randoms<T>(N, random), p = randoms<T>(tokens * E, random);
+    std::vector<T> of_pair(pairs.tokens.size()), expected_weights(of_pair.size());
+    cuda::pair_weights(type, topk.data(), p.data(), pairs.list(), E, 2, of_pair.data(), nullptr);
+    const std::vector<T> grad = randoms<T>(of_pair.size(), random);
+    std::vector<T> dw(N), dp(tokens * E), expected_dw(N), expected_dp(tokens * E);
+    cuda::pair_weights_backward(
+        type, grad.data(), pairs.list(), E, 2, dw.data(), dp.data(), nullptr);
+    for (size_t i = 0; i < of_pair.size() && pairs.tokens[i] >= 0; ++i) {
+      const int64_t cell = pairs.tokens[i] * E + pairs.experts[i];
+      if (pairs.slots[i] >= 0) {
+        expected_weights[i] = topk[pairs.slots[i]];
+        expected_dw[pairs.slots[i]] = grad[i];
+      } else {
+        expected_weights[i] = 2 * p[cell];
+        expected_dp[cell] = 2 * grad[i];
+      }
+    }
+    expect(
+        of_pair == expected_weights && dw == expected_dw && dp == expected_dp,
+        name + mode + ", weights");
+  }
+
+  const int64_t unmasked = std::count(mask.get(), mask.get() + tokens, true);
+  const int64_t share = std::min((unmasked * K + E - 1) / E, unmasked);
+  List pairs(E * tokens), expected_pairs(E * tokens);
+  int64_t at = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    moe_ext::cpu::Best<T> best(share);
+    for (int64_t t = 0; t < tokens; ++t) {
+      if (mask[t]) best.push(probs[t * E + e], t);
+    }
+    for (const int64_t t : best.take()) expected_pairs.write(at++, t, e, -1);
+  }
+  for (; at < E * tokens; ++at) expected_pairs.write(at, -1, -1, -1);
+  std::vector<char> small(cuda::expert_choice_workspace());
+  cuda::expert_choice(
+      type, probs.data(), mask.get(), tokens, E, K, pairs.buffer(), small.data(), nullptr);
+  expect(pairs == expected_pairs, name + ": expert choice");
 }
 
 template <class T>
@@ -315,6 +668,42 @@ int main() {
         test_rows<Half>(cuda::Type::kF16, 19, 3, 5, H, offset, kind, 1.0 / 1024, random);
       }
     }
+  }
+  for (const bool k_dense : {true, false}) {
+    for (const int64_t offset : {0, 1}) {
+      for (const auto& [N, K] : {std::pair<int64_t, int64_t>{1, 1}, {24, 40}, {130, 19}}) {
+        const bool bias = N != 24;
+        test_products<double>(cuda::Type::kF64, false, N, K, k_dense, bias, offset, 1e-14, random);
+        test_products<float>(cuda::Type::kF32, false, N, K, k_dense, bias, offset, 1e-5, random);
+        test_products<float>(
+            cuda::Type::kF32, true, N, K, k_dense, bias, offset, 1.0 / 1024, random);
+        test_products<BFloat16>(
+            cuda::Type::kBf16, false, N, K, k_dense, bias, offset, 1.0 / 128, random);
+        test_products<Half>(
+            cuda::Type::kF16, false, N, K, k_dense, bias, offset, 1.0 / 1024, random);
+      }
+    }
+  }
+  for (int i = 0; i < 7; ++i) {
+    const auto activation = static_cast<moe_ext::Activation>(i);
+    for (const bool gated : {true, false}) {
+      if (activation == moe_ext::Activation::kSwigluClamped && !gated) continue;
+      const int64_t offset = i % 2, I = i % 3 == 0 ? 1100 : 24;
+      test_experts<double>(
+          cuda::Type::kF64, activation, gated, 10, 33, gated, offset, 1e-13, random);
+      test_experts<float>(cuda::Type::kF32, activation, gated, I, 40, gated, offset, 1e-5, random);
+      test_experts<BFloat16>(
+          cuda::Type::kBf16, activation, gated, I, 40, gated, offset, 1.0 / 128, random);
+      test_experts<Half>(
+          cuda::Type::kF16, activation, gated, 7, 40, !gated, offset, 1.0 / 1024, random);
+    }
+  }
+  for (const bool few_values : {false, true}) {
+    test_pairs<float>(1, 1, 1, 1, 1.0, few_values, random);
+    test_pairs<float>(300, 2, 5, 16, 0.7, few_values, random);
+    test_pairs<double>(600, 3, 40, 8, 1.2, few_values, random);
+    test_pairs<float>(513, 6, 7, 64, INFINITY, few_values, random);
+    test_pairs<double>(70, 4, 4, 32, 0.01, few_values, random);
   }
   for (const bool few_values : {false, true}) {
     for (const bool with_bias : {false, true}) {

@@ -559,9 +559,9 @@ void test_selection(int64_t num_slots, int64_t E, int64_t M, std::mt19937& rando
   for (const Rounding rounding :
        {Rounding::kNearest, Rounding::kUp, Rounding::kDown, Rounding::kStochastic,
         Rounding::kBalanced}) {
-    moe_ext::round_counts(
-        counts.data(), E, M, num_slots / 2, rounding, noise.data(), rounded.data());
     for (int64_t e = 0; e < E; ++e) {
+      rounded[e] =
+          moe_ext::round_count(counts.data(), e, E, M, num_slots / 2, rounding, noise.data());
       if (rounded[e] % M != 0 || rounded[e] > num_slots / 2) fail("rounding");
       if (counts[e] <= num_slots / 2 / M * M && std::abs(rounded[e] - counts[e]) >= M) {
         fail("rounding too far");

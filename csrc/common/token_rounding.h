@@ -20,39 +20,35 @@ capacity_of(double factor, int64_t choices, int64_t tokens, int64_t E, int64_t l
 
 enum class Rounding { kNearest, kUp, kDown, kStochastic, kBalanced };
 
-// Multiples c [E] of M near the counts f [E], none above `most` rounded down to M:
+// The multiple of M near f[e], of counts f [E], none above `most` rounded down to M:
 //   nearest     ties down
 //   up, down
 //   stochastic  up with the probability of the remainder over M: where noise [E], uniform in
 //               [0, 1), is below it
 //   balanced    down, then up where the remainder is largest (ties: the lower id), so often that
-//               the sum of c comes nearest to the sum of f
-static MOE_HOST_DEVICE void round_counts(
-    const int64_t* f, int64_t E, int64_t M, int64_t most, Rounding rounding, const double* noise,
-    int64_t* c) {
+//               the sum comes nearest to the sum of f
+static MOE_HOST_DEVICE int64_t round_count(
+    const int64_t* f, int64_t e, int64_t E, int64_t M, int64_t most, Rounding rounding,
+    const double* noise) {
   const int64_t limit = most / M * M;
-  int64_t remainders = 0;
-  for (int64_t e = 0; e < E; ++e) {
-    const int64_t remainder = f[e] % M;
-    remainders += remainder;
-    bool up = false;
-    if (rounding == Rounding::kNearest) up = 2 * remainder > M;
-    if (rounding == Rounding::kUp) up = remainder > 0;
-    if (rounding == Rounding::kStochastic) up = noise[e] * static_cast<double>(M) < remainder;
-    c[e] = f[e] - remainder + (up ? M : 0);
-    if (c[e] > limit) c[e] = limit;
-  }
-  if (rounding != Rounding::kBalanced) return;
-  // The nearest multiple, ties down.
-  for (int64_t ups = (remainders + (M - 1) / 2) / M; ups > 0; --ups) {
-    int64_t best = -1;
-    for (int64_t e = 0; e < E; ++e) {
-      const bool is_free = f[e] - f[e] % M == c[e] && f[e] % M > 0 && c[e] + M <= limit;
-      if (is_free && (best < 0 || f[e] % M > f[best] % M)) best = e;
+  const int64_t remainder = f[e] % M, down = f[e] - remainder;
+  bool up = false;
+  if (rounding == Rounding::kNearest) up = 2 * remainder > M;
+  if (rounding == Rounding::kUp) up = remainder > 0;
+  if (rounding == Rounding::kStochastic) up = noise[e] * static_cast<double>(M) < remainder;
+  if (rounding == Rounding::kBalanced && remainder > 0) {
+    // Before e come the experts that can go up and have a larger remainder.
+    int64_t remainders = 0, before = 0;
+    for (int64_t i = 0; i < E; ++i) {
+      const int64_t other = f[i] % M;
+      remainders += other;
+      if (other == 0 || f[i] - other + M > limit) continue;
+      before += other > remainder || (other == remainder && i < e);
     }
-    if (best < 0) return;
-    c[best] += M;
+    up = before < (remainders + (M - 1) / 2) / M;  // the nearest multiple, ties down
   }
+  const int64_t rounded = up ? down + M : down;
+  return rounded < limit ? rounded : limit;
 }
 
 }  // namespace moe_ext

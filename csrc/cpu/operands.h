@@ -58,12 +58,4 @@ inline kernels::Bias bias_of(const at::Tensor& bias) {
                         : kernels::Bias{nullptr, 0};
 }
 
-inline void* mutable_data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
-}
-
-inline const void* any_data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
-}
-
 }  // namespace moe_ext::cpu

@@ -148,8 +148,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_tokens(
                                        : routed;
   std::vector<int64_t> chosen(E), counts(E);
   for (int64_t e = 0; e < E; ++e) chosen[e] = slots.count(e);
-  round_counts(
-      chosen.data(), E, tile_size, most, parsed, data_or_null<double>(noise), counts.data());
+  for (int64_t e = 0; e < E; ++e) {
+    counts[e] =
+        round_count(chosen.data(), e, E, tile_size, most, parsed, data_or_null<double>(noise));
+  }
 
   const auto outputs = empty_round_tokens_outputs(router_probs, topk_ids, tile_size, parsed);
   const auto& [pair_tokens, pair_experts, pair_slots, kept_ids] = outputs;

@@ -3,7 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <limits>
 #include <vector>
 
 #include "common/score_function.h"
@@ -49,12 +48,6 @@ inline std::vector<int32_t> order_by_token(const int64_t* tokens, int64_t P, int
   std::vector<int32_t> order(P);
   for (int64_t p = 0; p < P; ++p) order[next[bucket(tokens[p])]++] = static_cast<int32_t>(p);
   return order;
-}
-
-inline void check_slot_count(const char* op, const char* argument, const at::Tensor& ids) {
-  TORCH_CHECK(
-      ids.numel() <= std::numeric_limits<int32_t>::max(), op, ": ", argument,
-      " must have fewer than 2^31 slots, got ", ids.numel());
 }
 
 // The plan of topk_ids [T, K].

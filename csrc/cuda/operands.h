@@ -1,6 +1,8 @@
 // Tensors as the kernels see them.
 #pragma once
 
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -29,13 +31,11 @@ inline IdType id_type_of(const at::Tensor& ids) {
   return ids.scalar_type() == at::kLong ? IdType::kI64 : IdType::kI32;
 }
 
-inline const void* any_data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
-}
-
-inline void* mutable_data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
-}
+// For calls of torch's own products: what is computed here has its dtypes and its gradient already.
+struct WithoutAutogradAndAutocast {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
 
 // Scratch memory of a kernel, from torch's allocator.
 inline at::Tensor empty_workspace(size_t bytes, const at::Tensor& like) {

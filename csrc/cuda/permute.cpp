@@ -2,7 +2,7 @@
 
 #include <torch/library.h>
 
-#include "cuda/plan.h"
+#include "cuda/unpermute.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -12,7 +12,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute(
   check_permute(tokens_, topk_ids, num_experts);
   const c10::cuda::CUDAGuard device_guard(tokens_.device());
   const at::Tensor tokens = tokens_.contiguous();
-  const Plan plan = make_plan("permute", topk_ids, num_experts);
+  const Plan plan = make_plan("permute", "topk_ids", topk_ids, num_experts);
   const at::Tensor permuted = empty_permuted_tokens(tokens, topk_ids);
   gather_rows(
       type_of(tokens), tokens.const_data_ptr(), plan.slot_of_row.const_data_ptr<int32_t>(),
@@ -23,17 +23,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute(
   return {permuted, plan.row_map, plan.expert_offsets};
 }
 
-at::Tensor permute_backward(const at::Tensor& grad_permuted_, const at::Tensor& row_map_) {
-  check_permute_backward(grad_permuted_, row_map_);
-  const c10::cuda::CUDAGuard device_guard(grad_permuted_.device());
-  const at::Tensor grad_permuted = grad_permuted_.contiguous(), row_map = row_map_.contiguous();
-  const at::Tensor grad_tokens = empty_unpermuted(grad_permuted, row_map);
-  unpermute(
-      type_of(grad_permuted), grad_permuted.const_data_ptr(), row_map.const_data_ptr<int32_t>(),
-      nullptr, row_map.size(0), row_map.size(1), grad_permuted.size(1),
-      grad_tokens.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return grad_tokens;
+at::Tensor permute_backward(const at::Tensor& grad_permuted, const at::Tensor& row_map) {
+  check_permute_backward(grad_permuted, row_map);
+  const c10::cuda::CUDAGuard device_guard(grad_permuted.device());
+  return unpermute_rows(
+      "_permute_backward", grad_permuted, row_map, std::nullopt, {}, row_map.size(0));
 }
 
 }  // namespace

@@ -3,25 +3,19 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include "cuda/operands.h"
+#include "cuda/unpermute.h"
 
 namespace moe_ext::cuda {
 namespace {
 
 at::Tensor unpermute_op(
-    const at::Tensor& rows_, const at::Tensor& row_map_,
+    const at::Tensor& rows, const at::Tensor& row_map,
     const std::optional<at::Tensor>& topk_weights) {
-  check_unpermute(rows_, row_map_, topk_weights);
-  const c10::cuda::CUDAGuard device_guard(rows_.device());
-  const at::Tensor rows = rows_.contiguous(), row_map = row_map_.contiguous();
-  const at::Tensor weights = contiguous_in(topk_weights, compute_dtype(rows.scalar_type()));
-  const at::Tensor out = empty_unpermuted(rows, row_map);
-  unpermute(
-      type_of(rows), rows.const_data_ptr(), row_map.const_data_ptr<int32_t>(),
-      any_data_or_null(weights), row_map.size(0), row_map.size(1), rows.size(1),
-      out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return out;
+  check_unpermute(rows, row_map, topk_weights);
+  const c10::cuda::CUDAGuard device_guard(rows.device());
+  return unpermute_rows(
+      "unpermute", rows, row_map, std::nullopt,
+      contiguous_in(topk_weights, compute_dtype(rows.scalar_type())), row_map.size(0));
 }
 
 std::tuple<at::Tensor, at::Tensor> unpermute_backward_op(

@@ -11,6 +11,7 @@
 #include <c10/util/Exception.h>
 
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -86,6 +87,13 @@ inline void check_device(
   TORCH_CHECK(
       tensor.device() == device, op, ": ", argument, " must be on ", device, ", got ",
       tensor.device());
+}
+
+// Slots and rows are numbered by int32.
+inline void check_slot_count(const char* op, const char* argument, const at::Tensor& ids) {
+  TORCH_CHECK(
+      ids.numel() <= std::numeric_limits<int32_t>::max(), op, ": ", argument,
+      " must have fewer than 2^31 slots, got ", ids.numel());
 }
 
 // A tensor with tokens' dtype, on tokens' device, of the given shape.

@@ -166,12 +166,6 @@ __global__ void z_loss_backward_kernel(
   R::each(E, [&](auto at) { at.set(dz, at(dz) * factor); });
 }
 
-template <class Fn>
-void dispatch_compute(Type type, const Fn& fn) {
-  if (type == Type::kF64) return fn(double{});
-  fn(float{});
-}
-
 int64_t sum_blocks(int64_t num_tokens) {
   const int64_t blocks = ceil_div(num_tokens, kWarps);
   return blocks < kMostBlocks ? blocks : kMostBlocks;

@@ -30,7 +30,7 @@ void launch(
 }
 
 __device__ inline char* dynamic_shared() {
-  extern __shared__ __align__(16) char memory[];
+  extern __shared__ __align__(128) char memory[];
   return memory;
 }
 #endif
@@ -86,13 +86,64 @@ void dispatch(Type type, const Fn& fn) {
   }
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// The same for kF64 and kF32, which the router's mathematics runs in.
+template <class Fn>
+void dispatch_compute(Type type, const Fn& fn) {
+  if (type == Type::kF64) return fn(double{});
+  fn(float{});
+}
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ inline int lane() { return threadIdx.x % kWarp; }
 
 // Every lane gets the sum, in an order that does not depend on the lane.
 template <class T>
 __device__ T warp_sum(T x) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
   return x;
+}
+
+// Sums up to and with each lane's.
+template <class T>
+__device__ T warp_scan(T x) {
+  for (int by = 1; by < kWarp; by *= 2) {
+    const T other = __shfl_up_sync(kAllLanes, x, by);
+    if (lane() >= by) x += other;
+  }
+  return x;
+}
+
+// Among n things with count(i) parts each: whose part number `index` is, and the parts before his;
+// -1 past the last. A warp computes it together.
+struct Owner {
+  int64_t i, before;
+};
+template <class Fn>
+__device__ Owner find_owner(int64_t n, int64_t index, const Fn& count) {
+  int64_t before = 0;
+  for (int64_t first = 0; first < n; first += kWarp) {
+    const int64_t own = first + lane() < n ? count(first + lane()) : 0;
+    const int64_t up_to = before + warp_scan(own);
+    const unsigned is_past = __ballot_sync(kAllLanes, up_to > index);
+    if (is_past != 0) {
+      const int owner = __ffs(static_cast<int>(is_past)) - 1;
+      return {first + owner, __shfl_sync(kAllLanes, up_to - own, owner)};
+    }
+    before = __shfl_sync(kAllLanes, up_to, kWarp - 1);
+  }
+  return {-1, before};
+}
+
+// Who owns a row; -1 at or past offsets[E].
+__device__ inline int64_t expert_of_row(const int32_t* offsets, int64_t E, int64_t row) {
+  if (row >= offsets[E]) return -1;
+  int64_t first = 0, last = E;  // offsets[first] <= row < offsets[last]
+  while (last - first > 1) {
+    const int64_t middle = (first + last) / 2;
+    (offsets[middle] <= row ? first : last) = middle;
+  }
+  return first;
 }
 
 // Several elements that are read or written at once: 16 bytes where they lie so, else one.
@@ -106,5 +157,36 @@ constexpr int kPackOf = 16 / sizeof(T);
 inline bool is_aligned(const void* data, int64_t row_elements, int64_t element_bytes) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_elements * element_bytes % 16 == 0;
 }
+
+// Calls fn with the number of elements to go by: those of 16 bytes if all rows lie so, or 1.
+template <class T, class Fn, class... Data>
+void dispatch_pack(int64_t row_elements, const Fn& fn, const Data*... data) {
+  if ((is_aligned(data, row_elements, sizeof(T)) && ...)) {
+    fn(std::integral_constant<int, kPackOf<T>>{});
+  } else {
+    fn(std::integral_constant<int, 1>{});
+  }
+}
+
+// Cuts memory into arrays; of no memory, counts the bytes.
+class Arena {
+ public:
+  explicit Arena(void* data) : start_(reinterpret_cast<uintptr_t>(data)) {}
+  template <class T>
+  T* take(int64_t count) {
+    const uintptr_t at = start_ + bytes_;
+    bytes_ += (count * sizeof(T) + 255) / 256 * 256;
+    return reinterpret_cast<T*>(at);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  uintptr_t start_;
+  size_t bytes_ = 0;
+};
+
+// Kernels that go row by row: one warp for each.
+constexpr int kRowsPerBlock = kThreads / kWarp;
+inline int64_t blocks_for(int64_t rows) { return ceil_div(rows, kRowsPerBlock); }
 
 }  // namespace moe_ext::cuda

@@ -6,7 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/score_function.h"
+#include "common/token_rounding.h"
 #ifndef MOE_EXT_CUDA_EMULATION
 #include <cuda_runtime_api.h>
 #endif
@@ -16,25 +18,36 @@ namespace moe_ext::cuda {
 enum class Type { kF64, kF32, kBf16, kF16 };
 enum class IdType { kI32, kI64 };
 
-// Where every slot goes: a stable sort by expert. Slots whose id is no expert get row -1.
-//   ids [N]   row_map [N]   expert_offsets [E + 1]   slot_of_row [N]: the inverse of row_map, the
-//   skipped slots at its end
+// Where every slot goes: a stable sort by expert of the slots in `order` (or null: as they come).
+// Slots whose id is no expert get row -1.
+//   ids [N]   order [N]   row_map [N] or null   expert_offsets [E + 1]   slot_of_row [N]: the
+//   inverse of row_map, the skipped slots at its end
 // workspace: plan_workspace bytes.
 size_t plan_workspace(int64_t N, int64_t E);
 void make_plan(
-    IdType type, const void* ids, int64_t N, int64_t E, int32_t* row_map, int32_t* expert_offsets,
-    int32_t* slot_of_row, void* workspace, cudaStream_t stream);
+    IdType type, const void* ids, const int32_t* order, int64_t N, int64_t E, int32_t* row_map,
+    int32_t* expert_offsets, int32_t* slot_of_row, void* workspace, cudaStream_t stream);
+
+// slot_of_row [N] of row_map [N]; its end, of rows that no slot has, is not touched.
+void invert_row_map(const int32_t* row_map, int64_t N, int32_t* slot_of_row, cudaStream_t stream);
 
 // permuted[r] = tokens[slot_of_row[r] / K] for the rows before expert_offsets[E], zeros after.
 void gather_rows(
     Type type, const void* tokens, const int32_t* slot_of_row, const int32_t* num_used, int64_t N,
     int64_t K, int64_t H, void* permuted, cudaStream_t stream);
 
-// out[t] = sum over k of weights[t, k] * rows[row_map[t, k]], k ascending, -1 skipped; weights in
-// the compute type, or null: 1.
+// The slots of token t: t K + k for all k; or order[i] for offsets[t] <= i < offsets[t + 1].
+struct TokenSlots {
+  int64_t K;
+  const int32_t* offsets;  // [T + 1], or null
+  const int32_t* order;
+};
+
+// out[t] = sum over the token's slots of weights[slot] * rows[row_map[slot]], in their order, -1
+// skipped; weights in the compute type, or null: 1.
 void unpermute(
-    Type type, const void* rows, const int32_t* row_map, const void* weights, int64_t T, int64_t K,
-    int64_t H, void* out, cudaStream_t stream);
+    Type type, const void* rows, const int32_t* row_map, const void* weights, int64_t T,
+    const TokenSlots& slots, int64_t H, void* out, cudaStream_t stream);
 
 // For every slot: grad_rows[row] = weight * grad_out[t], grad_weights[slot] = <grad_out[t],
 // rows[row]> (0 if skipped). Rows that no slot has are not touched. Either result may be null.
@@ -99,5 +112,127 @@ void router_z_loss_backward(
     const LossArgs& args, const void* grad_loss, const void* logits, void* grad_logits,
     cudaStream_t stream);
 void router_entropy(const LossArgs& args, const void* probs, void* entropy, cudaStream_t stream);
+
+// Rows grouped by expert: those of expert e are [offsets[e], offsets[e + 1]), at most num_rows in
+// all; rows at or past offsets[E] are neither read nor written unless it is said.
+struct ExpertRows {
+  Type type;
+  int64_t num_rows, E;
+  const int32_t* offsets;  // [E + 1]
+};
+
+// out[r] = rows[r] weights[e]^T + bias[e].
+struct ProductArgs {
+  ExpertRows experts;
+  int64_t N, K;
+  const void* rows;  // [num_rows, K], columns dense
+  int64_t row_stride;
+  const void* weights;  // [E, N, K], n_stride or k_stride 1
+  int64_t expert_stride, n_stride, k_stride;
+  const void* bias;  // [E, N] or null
+  void* out;         // [num_rows, N]
+  bool tf32;         // fp32 may be rounded to TF32 for the tensor cores
+};
+void grouped_product(const ProductArgs& args, cudaStream_t stream);
+// The same for k_stride 1, faster while hardly any expert has more than a few rows.
+void grouped_product_of_few_rows(const ProductArgs& args, cudaStream_t stream);
+
+// grad[e] = the sum over e's rows of left[r]^T right[r]; zeros if it has none.
+struct GradWeightsArgs {
+  ExpertRows experts;
+  int64_t M, N;
+  const void* left;   // [num_rows, M]
+  const void* right;  // [num_rows, N]
+  void* grad;         // [E, M, N]
+  bool tf32;
+};
+void grouped_grad_weights(const GradWeightsArgs& args, cudaStream_t stream);
+// grad[e] [M, N] = zeros for the experts without rows; the others are not touched.
+void zero_idle_experts(const ExpertRows& experts, int64_t size, void* grad, cudaStream_t stream);
+
+// rows[r] += bias[e], rows [num_rows, N] and bias [E, N].
+void add_bias(
+    const ExpertRows& experts, const void* bias, int64_t N, void* rows, cudaStream_t stream);
+// rows[r] *= weights[r] in the compute type, unless null; zeros at or past offsets[E].
+void finish_rows(
+    const ExpertRows& experts, const void* weights, int64_t N, void* rows, cudaStream_t stream);
+// sum[e] = the sum over e's rows of weight(r) * rows[r], rows [num_rows, N]. weight(r) is
+// weights[slot_of_row[r]] in the compute type; slot_of_row may be null: r; weights too: 1.
+void sum_rows(
+    const ExpertRows& experts, const void* rows, const void* weights, const int32_t* slot_of_row,
+    int64_t N, void* sum, cudaStream_t stream);
+
+// Pre-activations [num_rows, 2I] (gate, then up) or [num_rows, I], to activations [num_rows, I].
+void activate(
+    const ExpertRows& experts, Activation activation, bool gated, const void* hidden, int64_t I,
+    void* activated, cudaStream_t stream);
+
+// From the gradient of the weighted activations back to the pre-activations.
+struct GradHiddenArgs {
+  ExpertRows experts;
+  Activation activation;
+  bool gated;
+  int64_t I, H;
+  const void* hidden;   // as for activate
+  const void* grad;     // [num_rows, I]: <grad_out, column of down_proj>, without the weight
+  const void* weights;  // by slot, as for sum_rows
+  const int32_t* slot_of_row;
+  const void* grad_out;   // [num_rows, H] by row, and down_bias [E, H]: read for grad_weights only,
+  const void* down_bias;  // either both or none
+  void* grad_hidden;      // like hidden, may be hidden itself, or null
+  void* weighted;         // [num_rows, I]: weight * activation; may be grad itself, or null
+  void* grad_weights;     // compute type, by slot: <grad_out, unweighted row>; or null
+};
+void grad_hidden(const GradHiddenArgs& args, cudaStream_t stream);
+
+// Pairs (ops/pairs.h, ops/capacity.h). Keys are in the compute type (kF64 or kF32), larger first,
+// NaN as -infinity, ties to the earlier one.
+//
+// kept_ids [T, K] of ids [T, K]: each expert keeps its capacity's best by weight, or, without
+// weights, its earliest with all first choices before all second ones.
+struct CapacityArgs {
+  int64_t T, K, E;
+  const int64_t* ids;
+  const double* factor;  // null for round_tokens: no limit but the tokens
+  int64_t least;
+};
+size_t capacity_workspace(Type type, const CapacityArgs& args);
+void apply_capacity(
+    Type type, const CapacityArgs& args, const void* weights, int64_t* kept_ids, void* workspace,
+    cudaStream_t stream);
+
+// `size` entries; tokens of those that are not used are -1. slots may be null.
+struct PairList {
+  int64_t size;
+  const int64_t *tokens, *experts, *slots;
+};
+struct MutablePairList {
+  int64_t size;
+  int64_t *tokens, *experts, *slots;
+};
+struct RoundArgs {
+  CapacityArgs capacity;
+  int64_t tile_size;
+  Rounding rounding;
+  const double* noise;  // [E], for kStochastic
+};
+size_t round_tokens_workspace(Type type, const RoundArgs& args);
+void round_tokens(
+    Type type, const RoundArgs& args, const void* probs, const void* weights,
+    const MutablePairList& pairs, int64_t* kept_ids, void* workspace, cudaStream_t stream);
+
+size_t expert_choice_workspace();
+void expert_choice(
+    Type type, const void* probs, const bool* token_mask, int64_t T, int64_t E, int64_t top_k,
+    const MutablePairList& pairs, void* workspace, cudaStream_t stream);
+
+// out [P]: ops/pairs.h. Backward writes the gradients of pairs that are used, and may leave out
+// either.
+void pair_weights(
+    Type type, const void* topk_weights, const void* probs, const PairList& pairs, int64_t E,
+    double scale, void* out, cudaStream_t stream);
+void pair_weights_backward(
+    Type type, const void* grad, const PairList& pairs, int64_t E, double scale, void* grad_weights,
+    void* grad_probs, cudaStream_t stream);
 
 }  // namespace moe_ext::cuda

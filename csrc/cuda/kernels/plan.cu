@@ -11,12 +11,13 @@ namespace {
 // Skipped slots sort behind all experts.
 template <class Id>
 __global__ void plan_keys_kernel(
-    const Id* ids, int64_t N, int64_t E, uint32_t* keys, int32_t* slots) {
-  const int64_t slot = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (slot >= N) return;
+    const Id* ids, const int32_t* order, int64_t N, int64_t E, uint32_t* keys, int32_t* slots) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= N) return;
+  const int64_t slot = order ? order[i] : i;
   const Id id = ids[slot];
-  keys[slot] = static_cast<uint32_t>(is_valid(id, E) ? id : E);
-  slots[slot] = static_cast<int32_t>(slot);
+  keys[i] = static_cast<uint32_t>(is_valid(id, E) ? id : E);
+  slots[i] = static_cast<int32_t>(slot);
 }
 
 // keys [N] ascending. A place where they grow from a to b begins the experts a + 1 to b.
@@ -28,7 +29,12 @@ __global__ void plan_rows_kernel(
   const int64_t before = row == 0 ? int64_t(-1) : int64_t(keys[row - 1]);
   const int64_t here = row == N ? E : int64_t(keys[row]);
   for (int64_t e = before + 1; e <= here; ++e) expert_offsets[e] = static_cast<int32_t>(row);
-  if (row < N) row_map[slot_of_row[row]] = here < E ? static_cast<int32_t>(row) : -1;
+  if (row < N && row_map) row_map[slot_of_row[row]] = here < E ? static_cast<int32_t>(row) : -1;
+}
+
+__global__ void invert_kernel(const int32_t* row_map, int64_t N, int32_t* slot_of_row) {
+  const int64_t slot = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (slot < N && row_map[slot] >= 0) slot_of_row[row_map[slot]] = static_cast<int32_t>(slot);
 }
 
 // Integers only, so that the order of the additions does not matter.
@@ -53,21 +59,19 @@ int key_bits(int64_t E) {
 struct PlanWorkspace {
   uint32_t *keys, *sorted_keys;
   int32_t* slots;
-  void* sort;
-  size_t sort_bytes, bytes;
+  char* sort;
+  size_t sort_bytes = 0, bytes;
 
   // Without data: only the sizes.
   PlanWorkspace(void* data, int64_t N, int64_t E) {
-    const size_t each = (N * sizeof(uint32_t) + 255) / 256 * 256;
-    char* base = static_cast<char*>(data);
-    keys = reinterpret_cast<uint32_t*>(base);
-    sorted_keys = reinterpret_cast<uint32_t*>(base + each);
-    slots = reinterpret_cast<int32_t*>(base + 2 * each);
-    sort = base + 3 * each;
-    sort_bytes = 0;
+    Arena arena(data);
+    keys = arena.take<uint32_t>(N);
+    sorted_keys = arena.take<uint32_t>(N);
+    slots = arena.take<int32_t>(N);
     cub::DeviceRadixSort::SortPairs(
         nullptr, sort_bytes, keys, sorted_keys, slots, slots, static_cast<int>(N), 0, key_bits(E));
-    bytes = 3 * each + sort_bytes;
+    sort = arena.take<char>(sort_bytes);
+    bytes = arena.bytes();
   }
 };
 
@@ -76,14 +80,14 @@ struct PlanWorkspace {
 size_t plan_workspace(int64_t N, int64_t E) { return PlanWorkspace(nullptr, N, E).bytes; }
 
 void make_plan(
-    IdType type, const void* ids, int64_t N, int64_t E, int32_t* row_map, int32_t* expert_offsets,
-    int32_t* slot_of_row, void* workspace_data, cudaStream_t stream) {
+    IdType type, const void* ids, const int32_t* order, int64_t N, int64_t E, int32_t* row_map,
+    int32_t* expert_offsets, int32_t* slot_of_row, void* workspace_data, cudaStream_t stream) {
   PlanWorkspace workspace(workspace_data, N, E);
   if (N > 0) {
     dispatch_ids(type, ids, [&](const auto* typed) {
       launch(
           plan_keys_kernel<std::decay_t<decltype(*typed)>>, ceil_div(N, kThreads), kThreads, 0,
-          stream, typed, N, E, workspace.keys, workspace.slots);
+          stream, typed, order, N, E, workspace.keys, workspace.slots);
     });
     cub::DeviceRadixSort::SortPairs(
         workspace.sort, workspace.sort_bytes, workspace.keys, workspace.sorted_keys,
@@ -93,6 +97,11 @@ void make_plan(
       plan_rows_kernel, ceil_div(N + 1, kThreads), kThreads, 0, stream,
       static_cast<const uint32_t*>(workspace.sorted_keys), static_cast<const int32_t*>(slot_of_row),
       N, E, row_map, expert_offsets);
+}
+
+void invert_row_map(const int32_t* row_map, int64_t N, int32_t* slot_of_row, cudaStream_t stream) {
+  if (N == 0) return;
+  launch(invert_kernel, ceil_div(N, kThreads), kThreads, 0, stream, row_map, N, slot_of_row);
 }
 
 void count_experts(

@@ -3,8 +3,6 @@
 namespace moe_ext::cuda {
 namespace {
 
-constexpr int kRowsPerBlock = kThreads / kWarp;
-
 // One warp for each row. Columns go by packs of kPack.
 template <class T, int kPack>
 __global__ void gather_rows_kernel(
@@ -16,7 +14,7 @@ __global__ void gather_rows_kernel(
   const bool is_used = row < *num_used;
   const T* from = is_used ? tokens + slot_of_row[row] / K * H : nullptr;
   T* to = permuted + row * H;
-  for (int64_t h = threadIdx.x % kWarp * kPack; h < H; h += kWarp * kPack) {
+  for (int64_t h = lane() * kPack; h < H; h += kWarp * kPack) {
     P pack = {};
     if (is_used) pack = *reinterpret_cast<const P*>(from + h);
     *reinterpret_cast<P*>(to + h) = pack;
@@ -26,17 +24,20 @@ __global__ void gather_rows_kernel(
 // One warp for each token.
 template <class T, int kPack>
 __global__ void unpermute_kernel(
-    const T* rows, const int32_t* row_map, const Compute<T>* weights, int64_t num_tokens, int64_t K,
-    int64_t H, T* out) {
+    const T* rows, const int32_t* row_map, const Compute<T>* weights, int64_t num_tokens,
+    TokenSlots slots, int64_t H, T* out) {
   using P = Pack<T, kPack>;
   const int64_t t = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
   if (t >= num_tokens) return;
-  for (int64_t h = threadIdx.x % kWarp * kPack; h < H; h += kWarp * kPack) {
+  const int64_t begin = slots.offsets ? slots.offsets[t] : t * slots.K;
+  const int64_t end = slots.offsets ? slots.offsets[t + 1] : begin + slots.K;
+  for (int64_t h = lane() * kPack; h < H; h += kWarp * kPack) {
     Compute<T> sum[kPack] = {};
-    for (int64_t k = 0; k < K; ++k) {
-      const int64_t row = row_map[t * K + k];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t slot = slots.order ? slots.order[i] : i;
+      const int64_t row = row_map[slot];
       if (row < 0) continue;
-      const Compute<T> weight = weights ? weights[t * K + k] : Compute<T>(1);
+      const Compute<T> weight = weights ? weights[slot] : Compute<T>(1);
       const P pack = *reinterpret_cast<const P*>(rows + row * H + h);
       for (int i = 0; i < kPack; ++i) sum[i] += weight * widen(pack.values[i]);
     }
@@ -59,7 +60,7 @@ __global__ void unpermute_backward_kernel(
   const Compute<T> weight = weights ? weights[slot] : Compute<T>(1);
   Compute<T> dot = 0;
   if (row >= 0) {
-    for (int64_t h = threadIdx.x % kWarp * kPack; h < H; h += kWarp * kPack) {
+    for (int64_t h = lane() * kPack; h < H; h += kWarp * kPack) {
       const P g = *reinterpret_cast<const P*>(grad + h);
       if (grad_weights) {
         const P x = *reinterpret_cast<const P*>(rows + row * H + h);
@@ -74,20 +75,8 @@ __global__ void unpermute_backward_kernel(
   }
   if (!grad_weights) return;
   dot = warp_sum(dot);
-  if (threadIdx.x % kWarp == 0) grad_weights[slot] = dot;
+  if (lane() == 0) grad_weights[slot] = dot;
 }
-
-// Calls fn with the number of elements to go by: those of 16 bytes if all rows lie so, or 1.
-template <class T, class Fn, class... Data>
-void dispatch_pack(int64_t H, const Fn& fn, const Data*... data) {
-  if ((is_aligned(data, H, sizeof(T)) && ...)) {
-    fn(std::integral_constant<int, kPackOf<T>>{});
-  } else {
-    fn(std::integral_constant<int, 1>{});
-  }
-}
-
-int64_t blocks_for(int64_t warps) { return ceil_div(warps, kRowsPerBlock); }
 
 }  // namespace
 
@@ -110,8 +99,8 @@ void gather_rows(
 }
 
 void unpermute(
-    Type type, const void* rows, const int32_t* row_map, const void* weights, int64_t T_, int64_t K,
-    int64_t H, void* out, cudaStream_t stream) {
+    Type type, const void* rows, const int32_t* row_map, const void* weights, int64_t T_,
+    const TokenSlots& slots, int64_t H, void* out, cudaStream_t stream) {
   if (T_ == 0 || H == 0) return;
   dispatch(type, [&](auto element) {
     using T = decltype(element);
@@ -120,8 +109,8 @@ void unpermute(
         [&](auto pack) {
           launch(
               unpermute_kernel<T, pack()>, blocks_for(T_), kThreads, 0, stream,
-              static_cast<const T*>(rows), row_map, static_cast<const Compute<T>*>(weights), T_, K,
-              H, static_cast<T*>(out));
+              static_cast<const T*>(rows), row_map, static_cast<const Compute<T>*>(weights), T_,
+              slots, H, static_cast<T*>(out));
         },
         static_cast<const T*>(rows), static_cast<const T*>(out));
   });

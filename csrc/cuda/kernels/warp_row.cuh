@@ -6,8 +6,6 @@
 
 namespace moe_ext::cuda {
 
-__device__ inline int lane() { return threadIdx.x % kWarp; }
-
 // As common/score_function.h asks.
 template <class T>
 struct WarpRow {

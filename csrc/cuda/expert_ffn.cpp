@@ -1,0 +1,189 @@
+#include "cuda/expert_ffn.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "cuda/grouped_gemm.h"
+#include "cuda/unpermute.h"
+
+namespace moe_ext::cuda {
+namespace {
+
+// The rows of matrix [T, H] that the source names, [N, H]; zeros at or past offsets[E].
+at::Tensor gather(const at::Tensor& matrix_, const RowSource& source) {
+  const at::Tensor matrix = matrix_.contiguous();
+  if (!source.slot_of_row.defined()) return matrix;
+  const at::Tensor rows = at::empty({source.num_rows, matrix.size(1)}, matrix.options());
+  const bool pairs = source.token_of_row.defined();
+  gather_rows(
+      type_of(matrix), matrix.const_data_ptr(),
+      (pairs ? source.token_of_row : source.slot_of_row).const_data_ptr<int32_t>(),
+      source.expert_offsets.const_data_ptr<int32_t>() + source.expert_offsets.size(0) - 1,
+      source.num_rows, pairs ? 1 : source.K, matrix.size(1), rows.mutable_data_ptr(),
+      c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return rows;
+}
+
+// The pre-activation [N, W] of tokens [T, H].
+at::Tensor hidden_of(
+    const at::Tensor& tokens, const RowSource& source, const ExpertWeights& experts) {
+  return grouped_product(
+      gather(tokens, source), source.expert_offsets, experts.gate_up_proj,
+      experts.gate_up_bias.value_or(at::Tensor()));
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> expert_rows_forward(
+    const at::Tensor& tokens, const RowSource& source, const ExpertWeights& experts,
+    Activation activation, bool gated, bool save_hidden) {
+  at::Tensor hidden = hidden_of(tokens, source, experts);
+  const int64_t I = experts.down_proj.size(2);
+  const at::Tensor activated = at::empty({source.num_rows, I}, tokens.options());
+  activate(
+      expert_rows(hidden, source.expert_offsets), activation, gated, hidden.const_data_ptr(), I,
+      activated.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  if (!save_hidden) hidden.reset();
+  const at::Tensor rows = grouped_product(
+      activated, source.expert_offsets, experts.down_proj,
+      experts.down_bias.value_or(at::Tensor()));
+  return {rows, hidden};
+}
+
+namespace {
+
+// operators
+
+std::tuple<at::Tensor, at::Tensor> expert_ffn_forward_op(
+    const at::Tensor& rows, const at::Tensor& expert_offsets, const at::Tensor& gate_up_proj,
+    const at::Tensor& down_proj, const std::optional<at::Tensor>& gate_up_bias,
+    const std::optional<at::Tensor>& down_bias, const std::optional<at::Tensor>& row_weights,
+    c10::string_view activation, bool gated, bool save_hidden) {
+  const ExpertWeights experts{gate_up_proj, down_proj, gate_up_bias, down_bias};
+  const Activation parsed =
+      check_expert_ffn(rows, expert_offsets, experts, row_weights, activation, gated);
+  const c10::cuda::CUDAGuard device_guard(rows.device());
+  const at::Tensor weights = contiguous_in(row_weights, compute_dtype(rows.scalar_type()));
+  const RowSource source{expert_offsets.contiguous(), rows.size(0), {}, 1, {}, weights};
+  const auto outputs = expert_rows_forward(rows, source, experts, parsed, gated, save_hidden);
+  finish_rows(std::get<0>(outputs), source.expert_offsets, weights);
+  return outputs;
+}
+
+at::Tensor expert_ffn(
+    const at::Tensor& rows, const at::Tensor& expert_offsets, const at::Tensor& gate_up_proj,
+    const at::Tensor& down_proj, const std::optional<at::Tensor>& gate_up_bias,
+    const std::optional<at::Tensor>& down_bias, const std::optional<at::Tensor>& row_weights,
+    c10::string_view activation, bool gated, c10::string_view recompute) {
+  parse_recompute("expert_ffn", recompute);
+  return std::get<0>(expert_ffn_forward_op(
+      rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias, down_bias, row_weights,
+      activation, gated, false));
+}
+
+// The source that row_map [T, K], or [P] with pair_tokens [P], describes.
+RowSource source_of(
+    const at::Tensor& row_map_, const std::optional<at::Tensor>& pair_tokens,
+    const at::Tensor& expert_offsets, const at::Tensor& weights) {
+  const at::Tensor row_map = row_map_.contiguous();
+  const int64_t N = row_map.numel();
+  // Rows that no slot has lie at its end, and are never followed; but they are read.
+  const at::Tensor slot_of_row = at::zeros({N}, row_map.options());
+  invert_row_map(
+      row_map.const_data_ptr<int32_t>(), N, slot_of_row.mutable_data_ptr<int32_t>(),
+      c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {
+      expert_offsets,
+      N,
+      slot_of_row,
+      pair_tokens ? 1 : row_map.size(1),
+      pair_tokens ? token_of_row(*pair_tokens, slot_of_row) : at::Tensor(),
+      weights};
+}
+
+ExpertFfnGrads expert_ffn_backward(
+    const at::Tensor& grad_out, const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
+    const std::optional<at::Tensor>& row_map, const std::optional<at::Tensor>& pair_tokens,
+    const at::Tensor& expert_offsets, const std::optional<at::Tensor>& saved_hidden,
+    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    c10::string_view activation, bool gated, std::array<bool, 6> output_mask) {
+  constexpr const char* op = "_expert_ffn_backward";
+  const ExpertWeights experts{gate_up_proj, down_proj, gate_up_bias, down_bias};
+  const Activation parsed = check_expert_ffn_backward(
+      grad_out, tokens, weights, row_map, pair_tokens, expert_offsets, saved_hidden, experts,
+      activation, gated);
+  const c10::cuda::CUDAGuard device_guard(tokens.device());
+  const auto
+      [wants_tokens, wants_weights, wants_gate_up, wants_down, wants_gate_up_bias,
+       wants_down_bias] = output_mask;
+  const at::ScalarType compute = compute_dtype(tokens.scalar_type());
+  const at::Tensor slot_weights = contiguous_in(weights, compute);
+  const at::Tensor offsets = expert_offsets.contiguous();
+  const RowSource source = row_map ? source_of(*row_map, pair_tokens, offsets, slot_weights)
+                                   : RowSource{offsets, tokens.size(0), {}, 1, {}, slot_weights};
+
+  ExpertFfnGrads outputs;
+  auto& [grad_tokens, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias] =
+      outputs;
+  // What is [N, .] is let go as soon as it can be.
+  at::Tensor grad_rows = gather(grad_out, source);
+  if (wants_down_bias && down_bias) {
+    grad_down_bias = grouped_sum(grad_rows, offsets, slot_weights, source.slot_of_row);
+  }
+  at::Tensor grad_hidden_rows;
+  const bool wants_slot_weights = wants_weights && weights;
+  const bool wants_hidden = wants_tokens || wants_gate_up || (wants_gate_up_bias && gate_up_bias);
+  if (wants_hidden || wants_down || wants_slot_weights) {
+    at::Tensor hidden =
+        saved_hidden ? saved_hidden->contiguous() : hidden_of(tokens, source, experts);
+    // <dO, columns of down_proj>, which the weighted activations then overwrite.
+    const at::Tensor grad = grouped_product(grad_rows, offsets, down_proj.transpose(1, 2), {});
+    if (wants_hidden) grad_hidden_rows = saved_hidden ? at::empty_like(hidden) : hidden;
+    if (wants_slot_weights) {
+      grad_weights = at::zeros(weights->sizes(), tokens.options().dtype(compute));
+    }
+    const at::Tensor bias = down_bias ? down_bias->contiguous() : at::Tensor();
+    grad_hidden(
+        {expert_rows(hidden, offsets), parsed, gated, down_proj.size(2), tokens.size(1),
+         hidden.const_data_ptr(), grad.const_data_ptr(), any_data_or_null(slot_weights),
+         data_or_null<int32_t>(source.slot_of_row), grad_rows.const_data_ptr(),
+         any_data_or_null(bias), mutable_data_or_null(grad_hidden_rows),
+         wants_down ? grad.mutable_data_ptr() : nullptr, mutable_data_or_null(grad_weights)},
+        c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    if (wants_down) grad_down = grouped_grad_weights(grad_rows, grad, offsets);
+  }
+  grad_rows.reset();
+  if (grad_weights.defined()) grad_weights = grad_weights.to(weights->scalar_type());
+  if (wants_gate_up) {
+    grad_gate_up = grouped_grad_weights(grad_hidden_rows, gather(tokens, source), offsets);
+  }
+  if (wants_gate_up_bias && gate_up_bias) {
+    grad_gate_up_bias = grouped_sum(grad_hidden_rows, offsets, {}, {});
+  }
+  if (wants_tokens) {
+    grad_tokens = grouped_product(grad_hidden_rows, offsets, gate_up_proj.transpose(1, 2), {});
+    if (row_map) {
+      grad_tokens = unpermute_rows(op, grad_tokens, *row_map, pair_tokens, {}, tokens.size(0));
+    } else {
+      finish_rows(grad_tokens, offsets, {});
+    }
+  }
+  return outputs;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
+  m.impl("expert_ffn", expert_ffn);
+  m.impl("_expert_ffn_forward", expert_ffn_forward_op);
+  m.impl("_expert_ffn_backward", expert_ffn_backward);
+}
+
+}  // namespace moe_ext::cuda

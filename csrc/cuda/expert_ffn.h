@@ -1,0 +1,28 @@
+// The experts' forward and backward over rows grouped by expert: what expert_ffn and moe_ffn share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+
+#include "ops/expert_ffn.h"
+
+namespace moe_ext::cuda {
+
+// Where the experts' rows come from: the slots, whose weights and tokens they have.
+struct RowSource {
+  at::Tensor expert_offsets;  // [E + 1] int32, contiguous
+  int64_t num_rows;
+  at::Tensor slot_of_row;   // [N] int32 of moe_ffn; else undefined: row r is slot r and token r
+  int64_t K;                // slot s is of token s / K, unless
+  at::Tensor token_of_row;  // [N] int32 of pairs says it
+  at::Tensor weights;       // by slot, contiguous in the compute dtype; or undefined: 1
+};
+
+// The experts' results [N, H] of tokens [T, H], not weighted, undefined at or past offsets[E]; and
+// the pre-activation [N, W], undefined unless asked for.
+std::tuple<at::Tensor, at::Tensor> expert_rows_forward(
+    const at::Tensor& tokens, const RowSource& source, const ExpertWeights& experts,
+    Activation activation, bool gated, bool save_hidden);
+
+}  // namespace moe_ext::cuda

@@ -1,0 +1,32 @@
+// Matrix products over rows grouped by expert: those of expert e are [offsets[e], offsets[e + 1]).
+// The offsets stay on the device: nothing is read back, and the same launches serve any routing.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "cuda/kernels/kernels.h"
+
+namespace moe_ext::cuda {
+
+// offsets: [E + 1] int32, contiguous.
+ExpertRows expert_rows(const at::Tensor& rows, const at::Tensor& offsets);
+
+// [N, O]: rows [N, K] times weights[e]^T, plus bias[e]; rows at or past offsets[E] are undefined.
+//   weights [E, O, K] of any strides   bias [E, O] or undefined
+at::Tensor grouped_product(
+    const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& weights,
+    const at::Tensor& bias);
+
+// [E, M, N]: the sum over e's rows of left[r]^T right[r]; left [., M], right [., N].
+at::Tensor grouped_grad_weights(
+    const at::Tensor& left, const at::Tensor& right, const at::Tensor& offsets);
+
+// [E, N]: the sum over e's rows of weight(r) * rows[r]; kernels.h has the arguments.
+at::Tensor grouped_sum(
+    const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& weights,
+    const at::Tensor& slot_of_row);
+
+// In place: rows[r] *= weights[r] (undefined: 1); zeros at or past offsets[E].
+void finish_rows(const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& weights);
+
+}  // namespace moe_ext::cuda

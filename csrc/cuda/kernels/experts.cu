@@ -1,0 +1,277 @@
+#include "common/activation.h"
+#include "cuda/kernels/device.cuh"
+
+namespace moe_ext::cuda {
+namespace {
+
+// What a warp does of a row at once, so that few long rows make many warps, too.
+constexpr int64_t kSegment = 4 * kWarp;  // packs
+
+template <class Number>
+__device__ Number weight_of(const Number* weights, const int32_t* slot_of_row, int64_t row) {
+  return weights ? weights[slot_of_row ? slot_of_row[row] : row] : Number(1);
+}
+
+// One warp for each segment of a row. fn(row, first, last): the columns from first to below last.
+template <int kPack, class Fn>
+__device__ void each_segment(int64_t rows, int64_t columns, const Fn& fn) {
+  const int64_t segments = ceil_div(columns, kSegment * kPack);
+  const int64_t index = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
+  const int64_t row = index / segments;
+  if (row >= rows) return;
+  const int64_t first = index % segments * kSegment * kPack;
+  const int64_t last = first + kSegment * kPack;
+  fn(row, first, last < columns ? last : columns);
+}
+
+template <class T, int kPack>
+__global__ void add_bias_kernel(ExpertRows experts, const T* bias, int64_t N, T* rows) {
+  using P = Pack<T, kPack>;
+  each_segment<kPack>(experts.num_rows, N, [&](int64_t row, int64_t first, int64_t last) {
+    const int64_t e = expert_of_row(experts.offsets, experts.E, row);
+    if (e < 0) return;
+    for (int64_t n = first + lane() * kPack; n < last; n += kWarp * kPack) {
+      P* at = reinterpret_cast<P*>(rows + row * N + n);
+      P x = *at;
+      const P b = *reinterpret_cast<const P*>(bias + e * N + n);
+      for (int i = 0; i < kPack; ++i)
+        x.values[i] = narrow<T>(widen(x.values[i]) + widen(b.values[i]));
+      *at = x;
+    }
+  });
+}
+
+template <class T, int kPack>
+__global__ void finish_rows_kernel(
+    ExpertRows experts, const Compute<T>* weights, int64_t N, T* rows) {
+  using P = Pack<T, kPack>;
+  each_segment<kPack>(experts.num_rows, N, [&](int64_t row, int64_t first, int64_t last) {
+    const bool is_used = row < experts.offsets[experts.E];
+    if (is_used && !weights) return;
+    const Compute<T> weight = is_used ? weights[row] : Compute<T>(0);
+    for (int64_t n = first + lane() * kPack; n < last; n += kWarp * kPack) {
+      P* at = reinterpret_cast<P*>(rows + row * N + n);
+      P x = {};
+      if (is_used) {
+        x = *at;
+        for (int i = 0; i < kPack; ++i) x.values[i] = narrow<T>(weight * widen(x.values[i]));
+      }
+      *at = x;
+    }
+  });
+}
+
+// A block for each expert; nothing to do for most.
+template <class T>
+__global__ void zero_idle_kernel(ExpertRows experts, int64_t blocks_each, int64_t size, T* grad) {
+  const int64_t e = blockIdx.x / blocks_each;
+  if (experts.offsets[e] != experts.offsets[e + 1]) return;
+  const T zero = narrow<T>(0);
+  for (int64_t i = blockIdx.x % blocks_each * kThreads + threadIdx.x; i < size;
+       i += blocks_each * kThreads) {
+    grad[e * size + i] = zero;
+  }
+}
+
+// A warp's columns of one expert; the warps of a block share the rows, and the first adds theirs.
+template <class T>
+__global__ void sum_rows_kernel(
+    ExpertRows experts, const T* rows, const Compute<T>* weights, const int32_t* slot_of_row,
+    int64_t N, T* sum) {
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ Compute<T> parts[kWarps][kWarp];
+  const int64_t columns = ceil_div(N, kWarp);
+  const int64_t e = blockIdx.x / columns, n = blockIdx.x % columns * kWarp + lane();
+  const int warp = threadIdx.x / kWarp;
+  Compute<T> part = 0;
+  if (n < N) {
+    const int64_t end = experts.offsets[e + 1];
+#pragma unroll 4
+    for (int64_t row = experts.offsets[e] + warp; row < end; row += kWarps) {
+      part += weight_of(weights, slot_of_row, row) * widen(rows[row * N + n]);
+    }
+  }
+  parts[warp][lane()] = part;
+  __syncthreads();
+  if (warp != 0 || n >= N) return;
+  for (int w = 1; w < kWarps; ++w) part += parts[w][lane()];
+  sum[e * N + n] = narrow<T>(part);
+}
+
+template <class F, class T, int kPack>
+__global__ void activate_kernel(ExpertRows experts, const T* hidden, int64_t I, T* activated) {
+  using P = Pack<T, kPack>;
+  each_segment<kPack>(experts.num_rows, I, [&](int64_t row, int64_t first, int64_t last) {
+    if (row >= experts.offsets[experts.E]) return;
+    const T* gates = hidden + row * (F::kGated ? 2 * I : I);
+    for (int64_t i = first + lane() * kPack; i < last; i += kWarp * kPack) {
+      const P gate = *reinterpret_cast<const P*>(gates + i);
+      P up = gate;
+      if constexpr (F::kGated) up = *reinterpret_cast<const P*>(gates + I + i);
+      P out;
+      for (int j = 0; j < kPack; ++j) {
+        out.values[j] = narrow<T>(F::value(widen(gate.values[j]), widen(up.values[j])));
+      }
+      *reinterpret_cast<P*>(activated + row * I + i) = out;
+    }
+  });
+}
+
+// One warp for each row, since grad_weights is a sum over it. A lane reads all that it overwrites
+// before it does so.
+template <class F, class T, int kPack>
+__global__ void grad_hidden_kernel(GradHiddenArgs args) {
+  using P = Pack<T, kPack>;
+  using Number = Compute<T>;
+  const ExpertRows& experts = args.experts;
+  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
+  if (row >= experts.num_rows || row >= experts.offsets[experts.E]) return;
+  const int64_t I = args.I, width = F::kGated ? 2 * I : I;
+  const Number weight = weight_of(static_cast<const Number*>(args.weights), args.slot_of_row, row);
+  const T* gates = static_cast<const T*>(args.hidden) + row * width;
+  const T* grads = static_cast<const T*>(args.grad) + row * I;
+  T* grad_gates = args.grad_hidden ? static_cast<T*>(args.grad_hidden) + row * width : nullptr;
+  T* weighted = args.weighted ? static_cast<T*>(args.weighted) + row * I : nullptr;
+  Number dot = 0;
+  for (int64_t i = lane() * kPack; i < I; i += kWarp * kPack) {
+    const P gate = *reinterpret_cast<const P*>(gates + i);
+    P up = gate;
+    if constexpr (F::kGated) up = *reinterpret_cast<const P*>(gates + I + i);
+    const P grad = *reinterpret_cast<const P*>(grads + i);
+    P out, grad_gate, grad_up = {};
+    for (int j = 0; j < kPack; ++j) {
+      const Number g = widen(gate.values[j]), u = widen(up.values[j]), d = widen(grad.values[j]);
+      const Number a = F::value(g, u);
+      dot += a * d;
+      out.values[j] = narrow<T>(weight * a);
+      Number dg = 0, du = 0;
+      F::grad(g, u, weight * d, &dg, &du);
+      grad_gate.values[j] = narrow<T>(dg);
+      grad_up.values[j] = narrow<T>(du);
+    }
+    if (grad_gates) {
+      *reinterpret_cast<P*>(grad_gates + i) = grad_gate;
+      if constexpr (F::kGated) *reinterpret_cast<P*>(grad_gates + I + i) = grad_up;
+    }
+    if (weighted) *reinterpret_cast<P*>(weighted + i) = out;
+  }
+  if (!args.grad_weights) return;
+  if (args.down_bias) {
+    const int64_t e = expert_of_row(experts.offsets, experts.E, row);
+    const T* grad_out = static_cast<const T*>(args.grad_out) + row * args.H;
+    const T* bias = static_cast<const T*>(args.down_bias) + e * args.H;
+    for (int64_t h = lane(); h < args.H; h += kWarp) dot += widen(grad_out[h]) * widen(bias[h]);
+  }
+  dot = warp_sum(dot);
+  const int64_t slot = args.slot_of_row ? args.slot_of_row[row] : row;
+  if (lane() == 0) static_cast<Number*>(args.grad_weights)[slot] = dot;
+}
+
+// Blocks of each_segment.
+int64_t segment_blocks(int64_t rows, int64_t columns, int pack) {
+  return blocks_for(rows * ceil_div(columns, kSegment * pack));
+}
+
+}  // namespace
+
+void add_bias(
+    const ExpertRows& experts, const void* bias, int64_t N, void* rows, cudaStream_t stream) {
+  if (experts.num_rows == 0 || N == 0) return;
+  dispatch(experts.type, [&](auto element) {
+    using T = decltype(element);
+    const T* bias_data = static_cast<const T*>(bias);
+    T* data = static_cast<T*>(rows);
+    dispatch_pack<T>(
+        N,
+        [&](auto pack) {
+          launch(
+              add_bias_kernel<T, pack()>, segment_blocks(experts.num_rows, N, pack()), kThreads, 0,
+              stream, experts, bias_data, N, data);
+        },
+        bias_data, data);
+  });
+}
+
+void finish_rows(
+    const ExpertRows& experts, const void* weights, int64_t N, void* rows, cudaStream_t stream) {
+  if (experts.num_rows == 0 || N == 0) return;
+  dispatch(experts.type, [&](auto element) {
+    using T = decltype(element);
+    T* data = static_cast<T*>(rows);
+    dispatch_pack<T>(
+        N,
+        [&](auto pack) {
+          launch(
+              finish_rows_kernel<T, pack()>, segment_blocks(experts.num_rows, N, pack()), kThreads,
+              0, stream, experts, static_cast<const Compute<T>*>(weights), N, data);
+        },
+        data);
+  });
+}
+
+void zero_idle_experts(const ExpertRows& experts, int64_t size, void* grad, cudaStream_t stream) {
+  if (size == 0) return;
+  const int64_t most = 64, needed = ceil_div(size, kThreads);
+  const int64_t blocks_each = needed < most ? needed : most;
+  dispatch(experts.type, [&](auto element) {
+    using T = decltype(element);
+    launch(
+        zero_idle_kernel<T>, experts.E * blocks_each, kThreads, 0, stream, experts, blocks_each,
+        size, static_cast<T*>(grad));
+  });
+}
+
+void sum_rows(
+    const ExpertRows& experts, const void* rows, const void* weights, const int32_t* slot_of_row,
+    int64_t N, void* sum, cudaStream_t stream) {
+  if (N == 0) return;
+  dispatch(experts.type, [&](auto element) {
+    using T = decltype(element);
+    launch(
+        sum_rows_kernel<T>, experts.E * ceil_div(N, kWarp), kThreads, 0, stream, experts,
+        static_cast<const T*>(rows), static_cast<const Compute<T>*>(weights), slot_of_row, N,
+        static_cast<T*>(sum));
+  });
+}
+
+void activate(
+    const ExpertRows& experts, Activation activation, bool gated, const void* hidden, int64_t I,
+    void* activated, cudaStream_t stream) {
+  if (experts.num_rows == 0 || I == 0) return;
+  dispatch(experts.type, [&](auto element) {
+    using T = decltype(element);
+    const T* from = static_cast<const T*>(hidden);
+    T* to = static_cast<T*>(activated);
+    dispatch_activation(activation, gated, [&](auto f) {
+      dispatch_pack<T>(
+          I,
+          [&](auto pack) {
+            launch(
+                activate_kernel<decltype(f), T, pack()>,
+                segment_blocks(experts.num_rows, I, pack()), kThreads, 0, stream, experts, from, I,
+                to);
+          },
+          from, to);
+    });
+  });
+}
+
+void grad_hidden(const GradHiddenArgs& args, cudaStream_t stream) {
+  if (args.experts.num_rows == 0) return;
+  dispatch(args.experts.type, [&](auto element) {
+    using T = decltype(element);
+    const auto data = [](const void* from) { return static_cast<const T*>(from); };
+    dispatch_activation(args.activation, args.gated, [&](auto f) {
+      dispatch_pack<T>(
+          args.I,
+          [&](auto pack) {
+            launch(
+                grad_hidden_kernel<decltype(f), T, pack()>, blocks_for(args.experts.num_rows),
+                kThreads, 0, stream, args);
+          },
+          data(args.hidden), data(args.grad), data(args.grad_hidden), data(args.weighted));
+    });
+  });
+}
+
+}  // namespace moe_ext::cuda

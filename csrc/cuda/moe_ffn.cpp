@@ -1,0 +1,71 @@
+#include "ops/moe_ffn.h"
+
+#include <torch/library.h>
+
+#include "cuda/expert_ffn.h"
+#include "cuda/unpermute.h"
+
+namespace moe_ext::cuda {
+namespace {
+
+// operators
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
+    const at::Tensor& tokens, const at::Tensor& weights, const at::Tensor& ids,
+    const std::optional<at::Tensor>& pair_tokens, const at::Tensor& gate_up_proj,
+    const at::Tensor& down_proj, const std::optional<at::Tensor>& gate_up_bias,
+    const std::optional<at::Tensor>& down_bias, c10::string_view activation, bool gated,
+    bool save_hidden) {
+  const char* op = pair_tokens ? "_moe_ffn_pairs" : "moe_ffn";
+  const ExpertWeights experts{gate_up_proj, down_proj, gate_up_bias, down_bias};
+  const Activation parsed =
+      check_moe_ffn(tokens, weights, ids, pair_tokens, experts, activation, gated);
+  const c10::cuda::CUDAGuard device_guard(tokens.device());
+  const int64_t T = tokens.size(0), E = gate_up_proj.size(0);
+  const at::Tensor slot_weights = contiguous_in(weights, compute_dtype(tokens.scalar_type()));
+  const Plan plan =
+      pair_tokens ? make_pair_plan(op, ids, *pair_tokens, T, E) : make_plan(op, "topk_ids", ids, E);
+  const RowSource source{
+      plan.expert_offsets,
+      plan.row_map.numel(),
+      plan.slot_of_row,
+      pair_tokens ? 1 : ids.size(1),
+      pair_tokens ? token_of_row(*pair_tokens, plan.slot_of_row) : at::Tensor(),
+      slot_weights};
+  const auto [rows, hidden] =
+      expert_rows_forward(tokens, source, experts, parsed, gated, save_hidden);
+  const at::Tensor out = unpermute_rows(op, rows, plan.row_map, pair_tokens, slot_weights, T);
+  return {out, hidden, plan.row_map, plan.expert_offsets};
+}
+
+at::Tensor moe_ffn(
+    const at::Tensor& tokens, const at::Tensor& topk_weights, const at::Tensor& topk_ids,
+    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    c10::string_view activation, bool gated, c10::string_view recompute) {
+  parse_recompute("moe_ffn", recompute);
+  return std::get<0>(moe_ffn_forward(
+      tokens, topk_weights, topk_ids, std::nullopt, gate_up_proj, down_proj, gate_up_bias,
+      down_bias, activation, gated, false));
+}
+
+at::Tensor moe_ffn_pairs(
+    const at::Tensor& tokens, const at::Tensor& pair_weights, const at::Tensor& pair_experts,
+    const at::Tensor& pair_tokens, const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    c10::string_view activation, bool gated, c10::string_view recompute) {
+  parse_recompute("_moe_ffn_pairs", recompute);
+  return std::get<0>(moe_ffn_forward(
+      tokens, pair_weights, pair_experts, pair_tokens, gate_up_proj, down_proj, gate_up_bias,
+      down_bias, activation, gated, false));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
+  m.impl("moe_ffn", moe_ffn);
+  m.impl("_moe_ffn_pairs", moe_ffn_pairs);
+  m.impl("_moe_ffn_forward", moe_ffn_forward);
+}
+
+}  // namespace moe_ext::cuda
