@@ -4,6 +4,8 @@
 #   make bench   run the benchmarks                 make test-kernels  CPU kernels under sanitizers
 #   make bench-cpu   experts against their peers    make lint          check style; make format mends
 #   make cuda-check  compile the CUDA kernels (needs nvcc, neither torch nor a GPU)
+#   make test-emulated   run the tests with the CUDA operators, by the host
+#   make gpu-check   all that needs a GPU, with GPU_PYTHON; make bench-cuda   its benchmarks alone
 #
 # PYTHON=python3.12   the interpreter of .venv (3.10 or newer)
 # TORCH=torch==2.12   another torch than constraints.txt pins (needs a fresh .venv: make clean)
@@ -15,15 +17,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-FORMATTED := $(SOURCES) $(wildcard tests/*.cpp tests/*.h benchmarks/*.cpp)
+FORMATTED := $(SOURCES) $(shell find tests benchmarks -name "*.cpp" -o -name "*.h")
 KERNELS := $(wildcard csrc/cpu/kernels/*.cpp) tests/test_kernels.cpp
 
 CUDA_KERNELS := $(wildcard csrc/cuda/kernels/*.cu)
 
-.PHONY: help demo test test-kernels cuda-check bench bench-cpu lint format clean setup
+GPU_PYTHON ?= python3
+
+.PHONY: help demo test test-kernels test-emulated cuda-check gpu-check bench bench-cpu bench-cuda \
+  lint format clean setup
 
 help:
-	@sed -n '2,10s/^# \{0,1\}//p' Makefile
+	@sed -n '2,13s/^# \{0,1\}//p' Makefile
 
 setup: $(VENV)/.built
 
@@ -72,6 +77,14 @@ build/cuda-kernels: build/kernels-address,undefined tests/test_cuda_kernels.cpp 
 	  -fsanitize=address,undefined -fno-sanitize-recover=all tests/test_cuda_kernels.cpp \
 	  $(patsubst csrc/cpu/kernels/%,$<-objects/%.o,$(wildcard csrc/cpu/kernels/*.cpp)) -o $@
 
+# The tests of operators and layers, with the CUDA operators in place of the CPU's (tests/emulate_cuda.py).
+EMULATED := permute unpermute topk_router aux_loss router_logits grouped_linear expert_ffn moe_ffn \
+  capacity pairs properties uninitialised cuda bad_inputs layers
+test-emulated: setup
+	$(BIN)/python tests/emulate_cuda.py $(EMULATED:%=tests/test_%.py) -q $(ARGS)
+	MOE_EXT_EMULATED_MAJOR=9 $(BIN)/python tests/emulate_cuda.py \
+	  $(patsubst %,tests/test_%.py,grouped_linear expert_ffn moe_ffn cuda) -q $(ARGS)
+
 # PTX for every GPU from sm_80, code for Hopper; what ptxas says of registers and spills stays in
 # build/cuda.
 cuda-check:
@@ -88,6 +101,9 @@ cuda-check:
 	    "bytes spilled"; \
 	done
 
+gpu-check:
+	.ci/gpu-check $(GPU_PYTHON)
+
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds \
 	  --benchmark-group-by=func --benchmark-sort=name $(ARGS)
@@ -101,6 +117,9 @@ bench-cpu: setup
 	$(BENCH_CPU) -k "decode or peak_memory"
 	GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736 \
 	  $(BENCH_CPU) -k "train and not peak_memory"
+
+bench-cuda: setup
+	$(BIN)/python benchmarks/bench_moe_cuda.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

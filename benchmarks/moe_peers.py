@@ -1,4 +1,5 @@
-"""The same layer of experts by everyone who has one: what bench_moe_cpu.py compares."""
+"""The same layer of experts by everyone who has one: what bench_moe_cpu.py and bench_moe_cuda.py
+compare."""
 
 import os
 from collections.abc import Callable
@@ -67,19 +68,20 @@ class Inputs:
     grad: Tensor
 
     @classmethod
-    def make(cls, work: Work, train: bool) -> "Inputs":
+    def make(cls, work: Work, train: bool, device: str = "cpu") -> "Inputs":
         torch.manual_seed(0)
-        # Every expert's weights are the same numbers, which no one's speed depends on.
-        gate_up = torch.randn(1, 2 * work.I, work.H).mul_(work.H**-0.5).to(work.dtype)
-        down = torch.randn(1, work.H, work.I).mul_(work.I**-0.5).to(work.dtype)
-        return cls(
-            torch.randn(work.T, work.H).to(work.dtype).requires_grad_(train),
-            torch.rand(work.T, work.K).softmax(-1).requires_grad_(train),
-            work.ids(),
-            gate_up.repeat(work.E, 1, 1).requires_grad_(train),
-            down.repeat(work.E, 1, 1).requires_grad_(train),
-            torch.randn(work.T, work.H).to(work.dtype),
-        )
+        with torch.device(device):
+            # Every expert's weights are the same numbers, which no one's speed depends on.
+            gate_up = torch.randn(1, 2 * work.I, work.H).mul_(work.H**-0.5).to(work.dtype)
+            down = torch.randn(1, work.H, work.I).mul_(work.I**-0.5).to(work.dtype)
+            return cls(
+                torch.randn(work.T, work.H).to(work.dtype).requires_grad_(train),
+                torch.rand(work.T, work.K).softmax(-1).requires_grad_(train),
+                work.ids(),
+                gate_up.repeat(work.E, 1, 1).requires_grad_(train),
+                down.repeat(work.E, 1, 1).requires_grad_(train),
+                torch.randn(work.T, work.H).to(work.dtype),
+            )
 
 
 def _moe_ext(work: Work, x: Inputs):
@@ -124,8 +126,9 @@ def _dense(work: Work, x: Inputs):
     """One FFN, K experts wide, for every token: the same FLOPs without routing."""
     width = work.K * work.I
     train = x.gate_up.requires_grad
-    gate_up = torch.randn(2 * width, work.H).mul_(work.H**-0.5).to(work.dtype)
-    down = torch.randn(work.H, width).mul_(width**-0.5).to(work.dtype)
+    with torch.device(x.tokens.device):
+        gate_up = torch.randn(2 * width, work.H).mul_(work.H**-0.5).to(work.dtype)
+        down = torch.randn(work.H, width).mul_(width**-0.5).to(work.dtype)
     x.parameters = [gate_up.requires_grad_(train), down.requires_grad_(train)]
 
     def run():

@@ -582,7 +582,9 @@ class HierarchicalRouter(TopKRouter):
 
     def _score(self, tokens: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         groups = self._logits(tokens, self.group_weight)  # [T, G]
-        experts = self._logits(tokens, self.weight).unflatten(1, (self.num_groups, -1))
+        # Not unflatten: under torch.set_default_device it can't be compiled.
+        size = self.weight.shape[0] // self.num_groups
+        experts = self._logits(tokens, self.weight).view(tokens.shape[0], self.num_groups, size)
         return (groups, experts), (experts + groups.unsqueeze(2)).flatten(1)
 
     def _choose(self, scores: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -590,7 +592,7 @@ class HierarchicalRouter(TopKRouter):
         size, count = experts.shape[2], self.top_k // self.topk_groups
         _, group_ids, _ = ops.topk_router(groups, self.topk_groups)  # [T, topk_groups]
         _, within, _ = ops.topk_router(experts.flatten(0, 1), count)  # [T G, count]
-        within = within.unflatten(0, (-1, self.num_groups))
+        within = within.view(groups.shape[0], self.num_groups, count)
         within = within.gather(1, group_ids.unsqueeze(2).expand(-1, -1, count))
         topk_ids = (group_ids.unsqueeze(2) * size + within).flatten(1)
         weights, probs = self._weights(scores, topk_ids)

@@ -20,9 +20,21 @@ if torch.cuda.is_available() or os.environ.get("MOE_EXT_REQUIRE_CUDA") == "1":
     DEVICES.append("cuda")
 
 
+# emulate_cuda.py: "cpu" runs the CUDA operators.
+EMULATED = os.environ.get("MOE_EXT_EMULATED") == "1"
+
+
 @pytest.fixture(params=DEVICES)
 def device(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def on_device(device):
+    """New tensors and modules are made on the device, for tests that name none."""
+    torch.set_default_device(device)
+    yield device
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

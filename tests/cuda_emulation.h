@@ -7,6 +7,7 @@
 // thread that leaves counts as arrived.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -40,7 +41,7 @@ constexpr size_t kStack = 128 << 10;
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  void* place[5];
+  jmp_buf place;
   bool started = false;
   bool done = false;
 };
@@ -56,7 +57,7 @@ struct Meeting {
 struct Block {
   std::vector<Meeting> warps;
   Meeting all;
-  void* scheduler[5];
+  jmp_buf scheduler;
   int current = 0;
   std::function<void()> body;
 };
@@ -65,7 +66,15 @@ inline Block* block = nullptr;
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 
 inline void yield() {
-  if (__builtin_setjmp(fibers[block->current]->place) == 0) __builtin_longjmp(block->scheduler, 1);
+  if (_setjmp(fibers[block->current]->place) == 0) _longjmp(block->scheduler, 1);
+}
+
+// Goes on with a fiber until it yields.
+inline void resume(Fiber& fiber) {
+  if (_setjmp(block->scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
 }
 
 inline void release_if_complete(Meeting& meeting) {
@@ -139,11 +148,7 @@ inline void run_block(int count, const std::function<void()>& body) {
     for (b.current = 0; b.current < count; ++b.current) {
       Fiber& fiber = *fibers[b.current];
       if (fiber.done) continue;
-      if (__builtin_setjmp(b.scheduler) == 0) {
-        if (fiber.started) __builtin_longjmp(fiber.place, 1);
-        fiber.started = true;
-        setcontext(&fiber.context);
-      }
+      resume(fiber);
       left -= fibers[b.current]->done;
     }
   }
@@ -205,26 +210,26 @@ T atomicAdd(T* at, T value) {
   return before;
 }
 
-struct BFloat16 {
+struct __nv_bfloat16 {
   uint16_t bits;
 };
-struct Half {
+struct __half {
   _Float16 value;
 };
-inline float __bfloat162float(BFloat16 x) {
+inline float __bfloat162float(__nv_bfloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float result;
   std::memcpy(&result, &bits, 4);
   return result;
 }
-inline BFloat16 __float2bfloat16_rn(float x) {
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   if (x != x) return {0x7fff};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-inline float __half2float(Half x) { return static_cast<float>(x.value); }
-inline Half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
+inline float __half2float(__half x) { return static_cast<float>(x.value); }
+inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
 
 inline void cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);
@@ -244,8 +249,8 @@ struct tf32 {};
 }  // namespace precision
 
 inline float number(float x) { return x; }
-inline float number(BFloat16 x) { return __bfloat162float(x); }
-inline float number(Half x) { return __half2float(x); }
+inline float number(__nv_bfloat16 x) { return __bfloat162float(x); }
+inline float number(__half x) { return __half2float(x); }
 
 // Rounded to 10 bits, ties away from zero.
 inline float __float_to_tf32(float x) {

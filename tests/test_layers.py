@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import moe_ext
 from moe_ext import reference
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 H, I, E, K = 16, 12, 6, 2
 
 VARIANTS = {
@@ -305,12 +307,12 @@ def test_copies_and_checkpoints(variant, tmp_path):
     assert torch.equal(twin(x), y)
 
 
-def test_meta_and_to_empty(variant):
+def test_meta_and_to_empty(device, variant):
     with torch.device("meta"):
         layer = moe_ext.MoE(H, I, E, K, balance="none", **{**variant, "z_loss_coef": 0.0})
     assert all(p.is_meta for p in layer.parameters())
     assert layer(torch.randn(5, H, device="meta")).shape == (5, H)
-    layer = layer.to_empty(device="cpu")
+    layer = layer.to_empty(device=device)
     layer.reset_parameters()
     y = layer(torch.randn(5, H))
     assert y.isfinite().all() and layer.last_stats.tokens_per_expert.sum() == 5 * K
@@ -328,11 +330,11 @@ def test_dtypes(variant, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(variant, dtype):
+def test_autocast(device, variant, dtype):
     layer, x = make_layer(**variant), torch.randn(30, H)
     expected, expected_loss = layer(x, return_aux_loss=True)
     inputs = leaf(x)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device, dtype=dtype):
         y, loss = layer(inputs, return_aux_loss=True)
     assert y.dtype == dtype and torch.equal(loss, expected_loss)  # the router's math is fp32
     assert relative_error(y.float(), expected) < 2**-6
@@ -341,15 +343,15 @@ def test_autocast(variant, dtype):
     assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
-def test_grad_scaler():
+def test_grad_scaler(device):
     """fp16 training with loss scaling: an overflow is seen and skipped, then the loss falls."""
     layer, x = make_layer(), torch.randn(64, H)
     target = torch.randn(64, H)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**40, growth_interval=1000)
     losses, scales = [], []
     for _ in range(60):
-        with torch.autocast("cpu", dtype=torch.float16):
+        with torch.autocast(device, dtype=torch.float16):
             y, aux = layer(x, return_aux_loss=True)
         loss = (y.float() - target).square().mean() + aux
         optimizer.zero_grad()

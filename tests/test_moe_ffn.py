@@ -344,3 +344,14 @@ def test_fused_agrees_with_composed(device):
     assert relative_error(other, out) < 1e-12
     for name, grad in grads.items():
         assert relative_error(other_grads[name], grad) < 1e-12, name
+
+
+def test_a_profiler_sees_the_operators(device):
+    """torch annotates them itself, also for NVTX (torch.autograd.profiler.emit_nvtx)."""
+    inputs = make_inputs(20, 16, 12, 5, 3, device=device)
+    inputs = {k: leaf(v) if v.is_floating_point() else v for k, v in inputs.items()}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        moe_ext.moe_ffn(**inputs).sum().backward()
+    names = {event.key for event in profiler.key_averages()}
+    assert {"moe_ext::moe_ffn", "moe_ext::_moe_ffn_forward"} <= names
+    assert "moe_ext::_expert_ffn_backward" in names

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import moe_ext
 from moe_ext.monitor import CollapseGuard, Monitor, active_flops_per_token, measure_ceiling
 
+pytestmark = pytest.mark.usefixtures("on_device")
 H, I, E, K = 16, 8, 4, 2
 
 

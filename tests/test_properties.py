@@ -1,7 +1,8 @@
 """Operators against the reference over sizes, strides and routings that nobody wrote down."""
 
+import pytest
 import torch
-from conftest import leaf, relative_error
+from conftest import DEVICES, leaf, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,8 +42,14 @@ def problems(draw):
     }
 
 
-@given(problems())
-def test_moe_ffn(p):
+@pytest.mark.parametrize("device", DEVICES)
+@given(p=problems())
+def test_moe_ffn(device, p):
+    with torch.device(device):
+        check_moe_ffn(p)
+
+
+def check_moe_ffn(p):
     torch.manual_seed(p["seed"])
     T, H, I, E, K = (p[letter] for letter in "THIEK")
     ids = {
@@ -87,15 +94,21 @@ def test_moe_ffn(p):
             assert relative_error(grad, base.grad) < 1e-11, name
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(
-    st.integers(0, 60),
-    st.integers(1, 40),
-    st.data(),
-    st.booleans(),
-    st.sampled_from(["softmax", "sigmoid"]),
-    st.integers(0, 2**16),
+    T=st.integers(0, 60),
+    E=st.integers(1, 40),
+    data=st.data(),
+    renormalize=st.booleans(),
+    score_function=st.sampled_from(["softmax", "sigmoid"]),
+    seed=st.integers(0, 2**16),
 )
-def test_topk_router(T, E, data, renormalize, score_function, seed):
+def test_topk_router(device, T, E, data, renormalize, score_function, seed):
+    with torch.device(device):
+        check_topk_router(T, E, data, renormalize, score_function, seed)
+
+
+def check_topk_router(T, E, data, renormalize, score_function, seed):
     torch.manual_seed(seed)
     groups = data.draw(st.sampled_from([g for g in range(1, E + 1) if E % g == 0]))
     if score_function == "sigmoid" and E // groups < 2:

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import moe_ext
 from moe_ext import reference
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 H, I, E, K = 10, 6, 6, 2
 NOISE_SEED = 7
 
@@ -322,10 +324,10 @@ def test_exported(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtypes_and_autocast(name, dtype):
+def test_dtypes_and_autocast(device, name, dtype):
     layer = make_layer(name)
     x = leaf(torch.randn(30, H))
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device, dtype=dtype):
         y, loss = layer(x, return_aux_loss=True)
     assert y.dtype == dtype and loss.dtype == torch.float32
     (y.float().sum() + loss).backward()
@@ -349,11 +351,11 @@ def test_copies(name, tmp_path):
     assert torch.equal(twin(x), y)
 
 
-def test_meta_and_to_empty(name):
+def test_meta_and_to_empty(device, name):
     with torch.device("meta"):
         router = ROUTERS[name]()
     assert router(torch.randn(40, H, device="meta")).router_probs.shape == (40, E)
-    router = router.to_empty(device="cpu")
+    router = router.to_empty(device=device)
     router.reset_parameters()
     routed = router(torch.randn(40, H))
     assert routed.topk_weights.isfinite().all()
@@ -575,12 +577,12 @@ class TestBias:
         )
         assert torch.equal(routed.topk_ids, ids)
 
-    def test_is_a_buffer_in_fp32(self):
+    def test_is_a_buffer_in_fp32(self, device):
         layer = bias_layer()
         assert list(layer.state_dict())[:2] == ["router.weight", "router.expert_bias"]
         assert "expert_bias" not in moe_ext.MoE(H, I, E, K).state_dict()
         layer.router.expert_bias.fill_(1 + 2**-20)
-        for cast in (layer.bfloat16(), layer.half(), layer.to("cpu", torch.bfloat16)):
+        for cast in (layer.bfloat16(), layer.half(), layer.to(device, torch.bfloat16)):
             assert cast.router.weight.dtype in (torch.bfloat16, torch.float16)
             assert cast.router.expert_bias.dtype == torch.float32
             assert cast.router.expert_bias[0] == 1 + 2**-20

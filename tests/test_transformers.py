@@ -11,6 +11,8 @@ from transformers.integrations.moe import use_experts_implementation  # noqa: E4
 
 import moe_ext.integrations.transformers as integration  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 COMMON = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -98,7 +100,8 @@ def run(model, ids):
     out = model(ids)
     logits = out.logits
     generator = torch.Generator().manual_seed(1)
-    logits.backward(torch.randn(logits.shape, generator=generator).to(logits))
+    grad = torch.randn(logits.shape, generator=generator, device="cpu")
+    logits.backward(grad.to(logits))
     return logits.detach(), {
         name: parameter.grad
         for name, parameter in model.named_parameters()
@@ -146,7 +149,7 @@ def test_model_in_fp64(name):
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_bf16_and_autocast(name):
+def test_bf16_and_autocast(device, name):
     exact = make_model(name, "moe_ext")
     coarse = make_model(name, "moe_ext", dtype=torch.bfloat16)
     eager = make_model(name, dtype=torch.bfloat16)
@@ -162,7 +165,7 @@ def test_bf16_and_autocast(name):
             relative_error(eager(ids).logits, expected),
         )
         assert error < max(2 * eager_error, 0.05)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         logits = exact(ids).logits
         logits.float().square().mean().backward()
     assert relative_error(logits.detach(), expected) < max(2 * eager_error, 0.05)

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -10,6 +11,10 @@
 
 namespace moe_ext::cuda {
 namespace {
+
+at::Tensor contiguous_or_none(const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->contiguous() : at::Tensor();
+}
 
 // The rows of matrix [T, H] that the source names, [N, H]; zeros at or past offsets[E].
 at::Tensor gather(const at::Tensor& matrix_, const RowSource& source) {
@@ -27,12 +32,10 @@ at::Tensor gather(const at::Tensor& matrix_, const RowSource& source) {
   return rows;
 }
 
-// The pre-activation [N, W] of tokens [T, H].
+// Of tokens [T, H], [N, W].
 at::Tensor hidden_of(
     const at::Tensor& tokens, const RowSource& source, const ExpertWeights& experts) {
-  return grouped_product(
-      gather(tokens, source), source.expert_offsets, experts.gate_up_proj,
-      experts.gate_up_bias.value_or(at::Tensor()));
+  return grouped_product(gather(tokens, source), source.expert_offsets, experts.gate_up_proj);
 }
 
 }  // namespace
@@ -43,15 +46,13 @@ std::tuple<at::Tensor, at::Tensor> expert_rows_forward(
   at::Tensor hidden = hidden_of(tokens, source, experts);
   const int64_t I = experts.down_proj.size(2);
   const at::Tensor activated = at::empty({source.num_rows, I}, tokens.options());
+  const at::Tensor bias = contiguous_or_none(experts.gate_up_bias);
   activate(
-      expert_rows(hidden, source.expert_offsets), activation, gated, hidden.const_data_ptr(), I,
-      activated.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+      expert_rows(hidden, source.expert_offsets), activation, gated, hidden.const_data_ptr(),
+      any_data_or_null(bias), I, activated.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   if (!save_hidden) hidden.reset();
-  const at::Tensor rows = grouped_product(
-      activated, source.expert_offsets, experts.down_proj,
-      experts.down_bias.value_or(at::Tensor()));
-  return {rows, hidden};
+  return {grouped_product(activated, source.expert_offsets, experts.down_proj), hidden};
 }
 
 namespace {
@@ -68,9 +69,9 @@ std::tuple<at::Tensor, at::Tensor> expert_ffn_forward_op(
       check_expert_ffn(rows, expert_offsets, experts, row_weights, activation, gated);
   const c10::cuda::CUDAGuard device_guard(rows.device());
   const at::Tensor weights = contiguous_in(row_weights, compute_dtype(rows.scalar_type()));
-  const RowSource source{expert_offsets.contiguous(), rows.size(0), {}, 1, {}, weights};
+  const RowSource source{expert_offsets.contiguous(), rows.size(0), {}, 1, {}};
   const auto outputs = expert_rows_forward(rows, source, experts, parsed, gated, save_hidden);
-  finish_rows(std::get<0>(outputs), source.expert_offsets, weights);
+  finish_rows(std::get<0>(outputs), source.expert_offsets, contiguous_or_none(down_bias), weights);
   return outputs;
 }
 
@@ -88,22 +89,17 @@ at::Tensor expert_ffn(
 // The source that row_map [T, K], or [P] with pair_tokens [P], describes.
 RowSource source_of(
     const at::Tensor& row_map_, const std::optional<at::Tensor>& pair_tokens,
-    const at::Tensor& expert_offsets, const at::Tensor& weights) {
+    const at::Tensor& expert_offsets) {
   const at::Tensor row_map = row_map_.contiguous();
   const int64_t N = row_map.numel();
-  // Rows that no slot has lie at its end, and are never followed; but they are read.
-  const at::Tensor slot_of_row = at::zeros({N}, row_map.options());
+  const at::Tensor slot_of_row = at::full({N}, -1, row_map.options());
   invert_row_map(
       row_map.const_data_ptr<int32_t>(), N, slot_of_row.mutable_data_ptr<int32_t>(),
       c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {
-      expert_offsets,
-      N,
-      slot_of_row,
-      pair_tokens ? 1 : row_map.size(1),
-      pair_tokens ? token_of_row(*pair_tokens, slot_of_row) : at::Tensor(),
-      weights};
+      expert_offsets, N, slot_of_row, pair_tokens ? 1 : row_map.size(1),
+      pair_tokens ? token_of_row(*pair_tokens, slot_of_row) : at::Tensor()};
 }
 
 ExpertFfnGrads expert_ffn_backward(
@@ -125,8 +121,8 @@ ExpertFfnGrads expert_ffn_backward(
   const at::ScalarType compute = compute_dtype(tokens.scalar_type());
   const at::Tensor slot_weights = contiguous_in(weights, compute);
   const at::Tensor offsets = expert_offsets.contiguous();
-  const RowSource source = row_map ? source_of(*row_map, pair_tokens, offsets, slot_weights)
-                                   : RowSource{offsets, tokens.size(0), {}, 1, {}, slot_weights};
+  const RowSource source = row_map ? source_of(*row_map, pair_tokens, offsets)
+                                   : RowSource{offsets, tokens.size(0), {}, 1, {}};
 
   ExpertFfnGrads outputs;
   auto& [grad_tokens, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias] =
@@ -143,17 +139,18 @@ ExpertFfnGrads expert_ffn_backward(
     at::Tensor hidden =
         saved_hidden ? saved_hidden->contiguous() : hidden_of(tokens, source, experts);
     // <dO, columns of down_proj>, which the weighted activations then overwrite.
-    const at::Tensor grad = grouped_product(grad_rows, offsets, down_proj.transpose(1, 2), {});
+    const at::Tensor grad = grouped_product(grad_rows, offsets, down_proj.transpose(1, 2));
     if (wants_hidden) grad_hidden_rows = saved_hidden ? at::empty_like(hidden) : hidden;
     if (wants_slot_weights) {
       grad_weights = at::zeros(weights->sizes(), tokens.options().dtype(compute));
     }
-    const at::Tensor bias = down_bias ? down_bias->contiguous() : at::Tensor();
+    const at::Tensor hidden_bias = contiguous_or_none(gate_up_bias);
+    const at::Tensor bias = contiguous_or_none(down_bias);
     grad_hidden(
         {expert_rows(hidden, offsets), parsed, gated, down_proj.size(2), tokens.size(1),
-         hidden.const_data_ptr(), grad.const_data_ptr(), any_data_or_null(slot_weights),
-         data_or_null<int32_t>(source.slot_of_row), grad_rows.const_data_ptr(),
-         any_data_or_null(bias), mutable_data_or_null(grad_hidden_rows),
+         hidden.const_data_ptr(), any_data_or_null(hidden_bias), grad.const_data_ptr(),
+         any_data_or_null(slot_weights), data_or_null<int32_t>(source.slot_of_row),
+         grad_rows.const_data_ptr(), any_data_or_null(bias), mutable_data_or_null(grad_hidden_rows),
          wants_down ? grad.mutable_data_ptr() : nullptr, mutable_data_or_null(grad_weights)},
         c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -168,11 +165,14 @@ ExpertFfnGrads expert_ffn_backward(
     grad_gate_up_bias = grouped_sum(grad_hidden_rows, offsets, {}, {});
   }
   if (wants_tokens) {
-    grad_tokens = grouped_product(grad_hidden_rows, offsets, gate_up_proj.transpose(1, 2), {});
+    grad_tokens = grouped_product(grad_hidden_rows, offsets, gate_up_proj.transpose(1, 2));
     if (row_map) {
-      grad_tokens = unpermute_rows(op, grad_tokens, *row_map, pair_tokens, {}, tokens.size(0));
+      const int64_t T = tokens.size(0);
+      grad_tokens = unpermute_rows(
+          grad_tokens, *row_map, {}, T,
+          pair_tokens ? order_by_token(op, *pair_tokens, T, source.slot_of_row) : TokenOrder{});
     } else {
-      finish_rows(grad_tokens, offsets, {});
+      finish_rows(grad_tokens, offsets, {}, {});
     }
   }
   return outputs;

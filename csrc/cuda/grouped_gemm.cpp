@@ -59,8 +59,7 @@ ExpertRows expert_rows(const at::Tensor& rows, const at::Tensor& offsets) {
 }
 
 at::Tensor grouped_product(
-    const at::Tensor& rows_, const at::Tensor& offsets, const at::Tensor& weights_,
-    const at::Tensor& bias) {
+    const at::Tensor& rows_, const at::Tensor& offsets, const at::Tensor& weights_) {
   const WithoutAutogradAndAutocast plain;
   const at::Tensor rows = rows_.contiguous(), weights = with_dense_weights(weights_);
   const int64_t N = weights.size(1), K = weights.size(2);
@@ -69,18 +68,9 @@ at::Tensor grouped_product(
   const bool few = k_dense && are_few(rows.size(0), weights.size(0));
   if (!few && torch_serves(rows, weights.size(0)) && torch_takes(rows) && torch_takes(weights) &&
       N % 8 == 0) {
-    const at::Tensor out =
-        at::_grouped_mm(rows, weights.transpose(1, 2), offsets.slice(0, 1), {}, {});
-    if (bias.defined()) {
-      add_bias(
-          expert_rows(out, offsets), bias.contiguous().const_data_ptr(), N, out.mutable_data_ptr(),
-          stream);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
-    }
-    return out;
+    return at::_grouped_mm(rows, weights.transpose(1, 2), offsets.slice(0, 1), {}, {});
   }
   const at::Tensor out = at::empty({rows.size(0), N}, rows.options());
-  const at::Tensor dense_bias = bias.defined() ? bias.contiguous() : bias;
   const ProductArgs args{
       expert_rows(rows, offsets),
       N,
@@ -91,7 +81,6 @@ at::Tensor grouped_product(
       weights.stride(0),
       weights.stride(1),
       weights.stride(2),
-      any_data_or_null(dense_bias),
       out.mutable_data_ptr(),
       allows_tf32(rows)};
   if (few) {
@@ -138,10 +127,12 @@ at::Tensor grouped_sum(
   return sum;
 }
 
-void finish_rows(const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& weights) {
+void finish_rows(
+    const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& bias,
+    const at::Tensor& weights) {
   finish_rows(
-      expert_rows(rows, offsets), any_data_or_null(weights), rows.size(1), rows.mutable_data_ptr(),
-      c10::cuda::getCurrentCUDAStream());
+      expert_rows(rows, offsets), any_data_or_null(bias), any_data_or_null(weights), rows.size(1),
+      rows.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -11,11 +11,10 @@ namespace moe_ext::cuda {
 // offsets: [E + 1] int32, contiguous.
 ExpertRows expert_rows(const at::Tensor& rows, const at::Tensor& offsets);
 
-// [N, O]: rows [N, K] times weights[e]^T, plus bias[e]; rows at or past offsets[E] are undefined.
-//   weights [E, O, K] of any strides   bias [E, O] or undefined
+// [N, O]: rows [N, K] times weights[e]^T, weights [E, O, K] of any strides; rows at or past
+// offsets[E] are undefined.
 at::Tensor grouped_product(
-    const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& weights,
-    const at::Tensor& bias);
+    const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& weights);
 
 // [E, M, N]: the sum over e's rows of left[r]^T right[r]; left [., M], right [., N].
 at::Tensor grouped_grad_weights(
@@ -26,7 +25,10 @@ at::Tensor grouped_sum(
     const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& weights,
     const at::Tensor& slot_of_row);
 
-// In place: rows[r] *= weights[r] (undefined: 1); zeros at or past offsets[E].
-void finish_rows(const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& weights);
+// In place: rows[r] = weights[r] * (rows[r] + bias[e]), zeros at or past offsets[E]; weights and
+// bias, contiguous, may be undefined.
+void finish_rows(
+    const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& bias,
+    const at::Tensor& weights);
 
 }  // namespace moe_ext::cuda

@@ -14,8 +14,8 @@ at::Tensor grouped_linear(
   check_grouped_linear(rows, expert_offsets, weight, bias);
   const c10::cuda::CUDAGuard device_guard(rows.device());
   const at::Tensor offsets = expert_offsets.contiguous();
-  const at::Tensor out = grouped_product(rows, offsets, weight, bias.value_or(at::Tensor()));
-  finish_rows(out, offsets, {});
+  const at::Tensor out = grouped_product(rows, offsets, weight);
+  finish_rows(out, offsets, bias ? bias->contiguous() : at::Tensor(), {});
   return out;
 }
 
@@ -27,8 +27,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
   const at::Tensor grad_out = grad_out_.contiguous(), offsets = expert_offsets.contiguous();
   at::Tensor grad_rows, grad_weight, grad_bias;
   if (output_mask[0]) {
-    grad_rows = grouped_product(grad_out, offsets, weight.transpose(1, 2), {});
-    finish_rows(grad_rows, offsets, {});
+    grad_rows = grouped_product(grad_out, offsets, weight.transpose(1, 2));
+    finish_rows(grad_rows, offsets, {}, {});
   }
   if (output_mask[1]) grad_weight = grouped_grad_weights(grad_out, rows, offsets);
   if (output_mask[2]) grad_bias = grouped_sum(grad_out, offsets, {}, {});

@@ -26,15 +26,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
   const Plan plan =
       pair_tokens ? make_pair_plan(op, ids, *pair_tokens, T, E) : make_plan(op, "topk_ids", ids, E);
   const RowSource source{
-      plan.expert_offsets,
-      plan.row_map.numel(),
-      plan.slot_of_row,
-      pair_tokens ? 1 : ids.size(1),
-      pair_tokens ? token_of_row(*pair_tokens, plan.slot_of_row) : at::Tensor(),
-      slot_weights};
+      plan.expert_offsets, plan.row_map.numel(), plan.slot_of_row, pair_tokens ? 1 : ids.size(1),
+      pair_tokens ? token_of_row(*pair_tokens, plan.slot_of_row) : at::Tensor()};
   const auto [rows, hidden] =
       expert_rows_forward(tokens, source, experts, parsed, gated, save_hidden);
-  const at::Tensor out = unpermute_rows(op, rows, plan.row_map, pair_tokens, slot_weights, T);
+  const at::Tensor bias = down_bias ? down_bias->contiguous() : at::Tensor();
+  const at::Tensor out = unpermute_rows(
+      rows, plan.row_map, slot_weights, T,
+      pair_tokens ? order_by_token(op, *pair_tokens, T, plan.slot_of_row) : TokenOrder{},
+      {any_data_or_null(bias), E, plan.expert_offsets.const_data_ptr<int32_t>()});
   return {out, hidden, plan.row_map, plan.expert_offsets};
 }
 

@@ -26,8 +26,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute(
 at::Tensor permute_backward(const at::Tensor& grad_permuted, const at::Tensor& row_map) {
   check_permute_backward(grad_permuted, row_map);
   const c10::cuda::CUDAGuard device_guard(grad_permuted.device());
-  return unpermute_rows(
-      "_permute_backward", grad_permuted, row_map, std::nullopt, {}, row_map.size(0));
+  return unpermute_rows(grad_permuted, row_map, {}, row_map.size(0));
 }
 
 }  // namespace

@@ -36,13 +36,15 @@ inline Plan make_plan(
   return {row_map, expert_offsets, slot_of_row};
 }
 
-// The pairs by token, stable: those of token t are order[i] for offsets[t] <= i < offsets[t + 1].
+// The pairs in `order` (or, undefined, as they come) by token: those of token t are order[i] for
+// offsets[t] <= i < offsets[t + 1].
 struct TokenOrder {
   at::Tensor offsets;  // [T + 1] int32
   at::Tensor order;    // [P] int32
 };
-inline TokenOrder order_by_token(const char* op, const at::Tensor& pair_tokens, int64_t T) {
-  const Plan plan = make_plan(op, "pair_tokens", pair_tokens, T);
+inline TokenOrder order_by_token(
+    const char* op, const at::Tensor& pair_tokens, int64_t T, const at::Tensor& order = {}) {
+  const Plan plan = make_plan(op, "pair_tokens", pair_tokens, T, order);
   return {plan.expert_offsets, plan.slot_of_row};
 }
 
@@ -56,9 +58,9 @@ inline Plan make_pair_plan(
       num_experts, order_by_token(op, pair_tokens, T).order);
 }
 
-// The token of every row; that of an unused pair may be -1.
+// The token of every row; says nothing of rows that no pair has, whose slot may be -1.
 inline at::Tensor token_of_row(const at::Tensor& pair_tokens, const at::Tensor& slot_of_row) {
-  return pair_tokens.index_select(0, slot_of_row).to(at::kInt);
+  return pair_tokens.index_select(0, slot_of_row.clamp_min(0)).to(at::kInt);
 }
 
 }  // namespace moe_ext::cuda

@@ -12,7 +12,7 @@ namespace {
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype) {
   const WithoutAutogradAndAutocast plain;
   const bool narrow = a.scalar_type() == at::kBFloat16 || a.scalar_type() == at::kHalf;
-  if (narrow && a.scalar_type() == b.scalar_type()) return at::mm(a, b, dtype);
+  if (narrow && a.scalar_type() == b.scalar_type() && a.numel() > 0) return at::mm(a, b, dtype);
   return at::mm(a.to(dtype), b.to(dtype));
 }
 

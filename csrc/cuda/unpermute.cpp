@@ -14,8 +14,8 @@ at::Tensor unpermute_op(
   check_unpermute(rows, row_map, topk_weights);
   const c10::cuda::CUDAGuard device_guard(rows.device());
   return unpermute_rows(
-      "unpermute", rows, row_map, std::nullopt,
-      contiguous_in(topk_weights, compute_dtype(rows.scalar_type())), row_map.size(0));
+      rows, row_map, contiguous_in(topk_weights, compute_dtype(rows.scalar_type())),
+      row_map.size(0));
 }
 
 std::tuple<at::Tensor, at::Tensor> unpermute_backward_op(

@@ -8,8 +8,9 @@
 //   down_bias       [E, H]       rows' dtype or none
 //   row_weights     [N]          float or none; multiply the finished row, bias included
 //   out             [N, H]       rows' dtype; rows at or past expert_offsets[E] are zeros
-//   hidden          [N, 2I]      rows' dtype: the pre-activation, [N, I] if not gated; none unless
-//                                asked for; rows at or past expert_offsets[E] are undefined
+//   hidden          [N, 2I]      rows' dtype: the pre-activation (on CUDA without gate_up_bias),
+//                                [N, I] if not gated; none unless asked for; rows at or past
+//                                expert_offsets[E] are undefined
 #pragma once
 
 #include <ATen/ops/empty.h>

@@ -5,7 +5,7 @@
 //   topk_ids      [T, K]  int64 or int32; -1 or >= E marks a skipped slot
 //   weights               as for expert_ffn
 //   out           [T, H]  tokens' dtype; summed in fp32 (fp64) in an order that shapes and routing
-//                         fix (on the CPU, by expert), rounded once
+//                         fix (on the CPU and for pairs by expert, else k ascending)
 //   hidden, row_map, expert_offsets  what backward needs: expert_ffn.h, permute.h
 //
 // _moe_ffn_pairs: the same for a list of (token, expert, weight) of static length, for routings

@@ -17,10 +17,10 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;  // of a block, where nothing speaks for another number
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-#ifdef __CUDACC__
 using BFloat16 = __nv_bfloat16;
 using Half = __half;
 
+#ifdef __CUDACC__
 // `shared`: bytes of dynamic_shared().
 template <class... Params, class... Args>
 void launch(

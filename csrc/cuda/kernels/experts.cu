@@ -24,39 +24,45 @@ __device__ void each_segment(int64_t rows, int64_t columns, const Fn& fn) {
   fn(row, first, last < columns ? last : columns);
 }
 
-template <class T, int kPack>
-__global__ void add_bias_kernel(ExpertRows experts, const T* bias, int64_t N, T* rows) {
-  using P = Pack<T, kPack>;
-  each_segment<kPack>(experts.num_rows, N, [&](int64_t row, int64_t first, int64_t last) {
-    const int64_t e = expert_of_row(experts.offsets, experts.E, row);
-    if (e < 0) return;
-    for (int64_t n = first + lane() * kPack; n < last; n += kWarp * kPack) {
-      P* at = reinterpret_cast<P*>(rows + row * N + n);
-      P x = *at;
-      const P b = *reinterpret_cast<const P*>(bias + e * N + n);
-      for (int i = 0; i < kPack; ++i)
-        x.values[i] = narrow<T>(widen(x.values[i]) + widen(b.values[i]));
-      *at = x;
-    }
-  });
+// The bias of an expert's rows, `columns` of it; null if there is none.
+template <class T>
+__device__ const T* bias_of(
+    const ExpertRows& experts, const T* bias, int64_t columns, int64_t row) {
+  return bias ? bias + expert_of_row(experts.offsets, experts.E, row) * columns : nullptr;
 }
+
+// kPack numbers of data, plus those of the bias, if there is one.
+template <int kPack, class T>
+struct Sums {
+  Compute<T> values[kPack];
+
+  __device__ Sums(const T* data, const T* bias) {
+    using P = Pack<T, kPack>;
+    const P pack = *reinterpret_cast<const P*>(data);
+    for (int i = 0; i < kPack; ++i) values[i] = widen(pack.values[i]);
+    if (!bias) return;
+    const P more = *reinterpret_cast<const P*>(bias);
+    for (int i = 0; i < kPack; ++i) values[i] += widen(more.values[i]);
+  }
+};
 
 template <class T, int kPack>
 __global__ void finish_rows_kernel(
-    ExpertRows experts, const Compute<T>* weights, int64_t N, T* rows) {
+    ExpertRows experts, const T* bias, const Compute<T>* weights, int64_t N, T* rows) {
   using P = Pack<T, kPack>;
   each_segment<kPack>(experts.num_rows, N, [&](int64_t row, int64_t first, int64_t last) {
     const bool is_used = row < experts.offsets[experts.E];
-    if (is_used && !weights) return;
-    const Compute<T> weight = is_used ? weights[row] : Compute<T>(0);
+    if (is_used && !weights && !bias) return;
+    const Compute<T> weight = is_used && weights ? weights[row] : Compute<T>(1);
+    const T* row_bias = is_used ? bias_of(experts, bias, N, row) : nullptr;
     for (int64_t n = first + lane() * kPack; n < last; n += kWarp * kPack) {
-      P* at = reinterpret_cast<P*>(rows + row * N + n);
-      P x = {};
+      T* at = rows + row * N + n;
+      P out = {};
       if (is_used) {
-        x = *at;
-        for (int i = 0; i < kPack; ++i) x.values[i] = narrow<T>(weight * widen(x.values[i]));
+        const Sums<kPack, T> x(at, row_bias ? row_bias + n : nullptr);
+        for (int i = 0; i < kPack; ++i) out.values[i] = narrow<T>(weight * x.values[i]);
       }
-      *at = x;
+      *reinterpret_cast<P*>(at) = out;
     }
   });
 }
@@ -98,19 +104,42 @@ __global__ void sum_rows_kernel(
   sum[e * N + n] = narrow<T>(part);
 }
 
+// Where a row's gate and up lie, and their biases (or null).
+template <class F, class T>
+struct HiddenRow {
+  const T* data;
+  const T* bias;
+  int64_t I;
+
+  __device__ HiddenRow(
+      const ExpertRows& experts, const void* hidden, const void* biases, int64_t I, int64_t row)
+      : data(static_cast<const T*>(hidden) + row * width(I)),
+        bias(bias_of(experts, static_cast<const T*>(biases), width(I), row)),
+        I(I) {}
+  static __device__ int64_t width(int64_t I) { return F::kGated ? 2 * I : I; }
+
+  template <int kPack>
+  __device__ Sums<kPack, T> gate(int64_t i) const {
+    return Sums<kPack, T>(data + i, bias ? bias + i : nullptr);
+  }
+  template <int kPack>
+  __device__ Sums<kPack, T> up(int64_t i) const {
+    return gate<kPack>(F::kGated ? I + i : i);
+  }
+};
+
 template <class F, class T, int kPack>
-__global__ void activate_kernel(ExpertRows experts, const T* hidden, int64_t I, T* activated) {
+__global__ void activate_kernel(
+    ExpertRows experts, const T* hidden, const T* bias, int64_t I, T* activated) {
   using P = Pack<T, kPack>;
   each_segment<kPack>(experts.num_rows, I, [&](int64_t row, int64_t first, int64_t last) {
     if (row >= experts.offsets[experts.E]) return;
-    const T* gates = hidden + row * (F::kGated ? 2 * I : I);
+    const HiddenRow<F, T> hidden_row(experts, hidden, bias, I, row);
     for (int64_t i = first + lane() * kPack; i < last; i += kWarp * kPack) {
-      const P gate = *reinterpret_cast<const P*>(gates + i);
-      P up = gate;
-      if constexpr (F::kGated) up = *reinterpret_cast<const P*>(gates + I + i);
+      const auto gate = hidden_row.template gate<kPack>(i), up = hidden_row.template up<kPack>(i);
       P out;
       for (int j = 0; j < kPack; ++j) {
-        out.values[j] = narrow<T>(F::value(widen(gate.values[j]), widen(up.values[j])));
+        out.values[j] = narrow<T>(F::value(gate.values[j], up.values[j]));
       }
       *reinterpret_cast<P*>(activated + row * I + i) = out;
     }
@@ -126,21 +155,19 @@ __global__ void grad_hidden_kernel(GradHiddenArgs args) {
   const ExpertRows& experts = args.experts;
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
   if (row >= experts.num_rows || row >= experts.offsets[experts.E]) return;
-  const int64_t I = args.I, width = F::kGated ? 2 * I : I;
+  const int64_t I = args.I, width = HiddenRow<F, T>::width(I);
   const Number weight = weight_of(static_cast<const Number*>(args.weights), args.slot_of_row, row);
-  const T* gates = static_cast<const T*>(args.hidden) + row * width;
+  const HiddenRow<F, T> hidden_row(experts, args.hidden, args.bias, I, row);
   const T* grads = static_cast<const T*>(args.grad) + row * I;
   T* grad_gates = args.grad_hidden ? static_cast<T*>(args.grad_hidden) + row * width : nullptr;
   T* weighted = args.weighted ? static_cast<T*>(args.weighted) + row * I : nullptr;
   Number dot = 0;
   for (int64_t i = lane() * kPack; i < I; i += kWarp * kPack) {
-    const P gate = *reinterpret_cast<const P*>(gates + i);
-    P up = gate;
-    if constexpr (F::kGated) up = *reinterpret_cast<const P*>(gates + I + i);
+    const auto gate = hidden_row.template gate<kPack>(i), up = hidden_row.template up<kPack>(i);
     const P grad = *reinterpret_cast<const P*>(grads + i);
     P out, grad_gate, grad_up = {};
     for (int j = 0; j < kPack; ++j) {
-      const Number g = widen(gate.values[j]), u = widen(up.values[j]), d = widen(grad.values[j]);
+      const Number g = gate.values[j], u = up.values[j], d = widen(grad.values[j]);
       const Number a = F::value(g, u);
       dot += a * d;
       out.values[j] = narrow<T>(weight * a);
@@ -174,8 +201,9 @@ int64_t segment_blocks(int64_t rows, int64_t columns, int pack) {
 
 }  // namespace
 
-void add_bias(
-    const ExpertRows& experts, const void* bias, int64_t N, void* rows, cudaStream_t stream) {
+void finish_rows(
+    const ExpertRows& experts, const void* bias, const void* weights, int64_t N, void* rows,
+    cudaStream_t stream) {
   if (experts.num_rows == 0 || N == 0) return;
   dispatch(experts.type, [&](auto element) {
     using T = decltype(element);
@@ -185,27 +213,10 @@ void add_bias(
         N,
         [&](auto pack) {
           launch(
-              add_bias_kernel<T, pack()>, segment_blocks(experts.num_rows, N, pack()), kThreads, 0,
-              stream, experts, bias_data, N, data);
+              finish_rows_kernel<T, pack()>, segment_blocks(experts.num_rows, N, pack()), kThreads,
+              0, stream, experts, bias_data, static_cast<const Compute<T>*>(weights), N, data);
         },
         bias_data, data);
-  });
-}
-
-void finish_rows(
-    const ExpertRows& experts, const void* weights, int64_t N, void* rows, cudaStream_t stream) {
-  if (experts.num_rows == 0 || N == 0) return;
-  dispatch(experts.type, [&](auto element) {
-    using T = decltype(element);
-    T* data = static_cast<T*>(rows);
-    dispatch_pack<T>(
-        N,
-        [&](auto pack) {
-          launch(
-              finish_rows_kernel<T, pack()>, segment_blocks(experts.num_rows, N, pack()), kThreads,
-              0, stream, experts, static_cast<const Compute<T>*>(weights), N, data);
-        },
-        data);
   });
 }
 
@@ -235,12 +246,13 @@ void sum_rows(
 }
 
 void activate(
-    const ExpertRows& experts, Activation activation, bool gated, const void* hidden, int64_t I,
-    void* activated, cudaStream_t stream) {
+    const ExpertRows& experts, Activation activation, bool gated, const void* hidden,
+    const void* bias, int64_t I, void* activated, cudaStream_t stream) {
   if (experts.num_rows == 0 || I == 0) return;
   dispatch(experts.type, [&](auto element) {
     using T = decltype(element);
     const T* from = static_cast<const T*>(hidden);
+    const T* bias_data = static_cast<const T*>(bias);
     T* to = static_cast<T*>(activated);
     dispatch_activation(activation, gated, [&](auto f) {
       dispatch_pack<T>(
@@ -248,10 +260,10 @@ void activate(
           [&](auto pack) {
             launch(
                 activate_kernel<decltype(f), T, pack()>,
-                segment_blocks(experts.num_rows, I, pack()), kThreads, 0, stream, experts, from, I,
-                to);
+                segment_blocks(experts.num_rows, I, pack()), kThreads, 0, stream, experts, from,
+                bias_data, I, to);
           },
-          from, to);
+          from, bias_data, to);
     });
   });
 }
@@ -269,7 +281,8 @@ void grad_hidden(const GradHiddenArgs& args, cudaStream_t stream) {
                 grad_hidden_kernel<decltype(f), T, pack()>, blocks_for(args.experts.num_rows),
                 kThreads, 0, stream, args);
           },
-          data(args.hidden), data(args.grad), data(args.grad_hidden), data(args.weighted));
+          data(args.hidden), data(args.bias), data(args.grad), data(args.grad_hidden),
+          data(args.weighted));
     });
   });
 }

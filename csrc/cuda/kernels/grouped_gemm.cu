@@ -247,11 +247,11 @@ __device__ void multiply(
   __syncthreads();  // the scratch lies where the tiles do
 }
 
-// C's tile to memory: `rows` and `columns` of it, plus bias [columns] if there is one.
+// C's tile to memory: `rows` and `columns` of it.
 template <class Engine, class T = typename Engine::Operand>
 __device__ void write_tile(
-    const Engine& engine, char* scratch, const T* bias, T* out, int64_t rows, int64_t columns,
-    int64_t stride, bool is_packed) {
+    const Engine& engine, char* scratch, T* out, int64_t rows, int64_t columns, int64_t stride,
+    bool is_packed) {
   using Sum = typename Engine::Sum;
   constexpr int kPack = kPackOf<T>;
   engine.each_run(scratch, [&](int m, int n, const Sum* values) {
@@ -262,9 +262,7 @@ __device__ void write_tile(
       Pack<T, kPack> pack;
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
-        Sum value = values[first + j];
-        if (bias && n + first + j < columns) value += widen(bias[n + first + j]);
-        pack.values[j] = narrow<T>(value);
+        pack.values[j] = narrow<T>(values[first + j]);
       }
       if (is_packed && n + first + kPack <= columns) {
         to[first / kPack] = pack;
@@ -313,10 +311,9 @@ __global__ void __launch_bounds__(kThreads)
           rows_packed},
       Operand<T>{weights, columns, kBKDense ? args.n_stride : args.k_stride, weights_packed},
       args.K, dynamic_shared());
-  const T* bias = static_cast<const T*>(args.bias);
   write_tile(
-      engine, dynamic_shared(), bias ? bias + tile.expert * args.N + n : nullptr,
-      static_cast<T*>(args.out) + tile.begin * args.N + n, rows, columns, args.N, out_packed);
+      engine, dynamic_shared(), static_cast<T*>(args.out) + tile.begin * args.N + n, rows, columns,
+      args.N, out_packed);
 }
 
 // One block for each tile of the result. An expert without rows gets zeros.
@@ -339,9 +336,8 @@ __global__ void __launch_bounds__(kThreads) grad_weights_kernel(
           static_cast<const T*>(args.right) + begin * args.N + n, args.N - n, args.N, right_packed},
       end - begin, dynamic_shared());
   write_tile(
-      engine, dynamic_shared(), static_cast<const T*>(nullptr),
-      static_cast<T*>(args.grad) + (e * args.M + m) * args.N + n, args.M - m, args.N - n, args.N,
-      grad_packed);
+      engine, dynamic_shared(), static_cast<T*>(args.grad) + (e * args.M + m) * args.N + n,
+      args.M - m, args.N - n, args.N, grad_packed);
 }
 
 // The weights of an expert are read once for every kFewRows of its rows. One warp makes kFewColumns
@@ -384,17 +380,14 @@ __global__ void __launch_bounds__(kThreads) few_rows_kernel(ProductArgs args) {
       }
     }
   }
-  const T* bias = static_cast<const T*>(args.bias);
   T* out = static_cast<T*>(args.out) + row * args.N + n;
 #pragma unroll
   for (int i = 0; i < kFewRows; ++i) {
     if (i >= count) break;
 #pragma unroll
     for (int c = 0; c < kFewColumns; ++c) {
-      Sum total = warp_sum(sum[i][c]);
-      if (c >= columns || lane() != 0) continue;
-      if (bias) total += widen(bias[expert * args.N + n + c]);
-      out[i * args.N + c] = narrow<T>(total);
+      const Sum total = warp_sum(sum[i][c]);
+      if (c < columns && lane() == 0) out[i * args.N + c] = narrow<T>(total);
     }
   }
 }

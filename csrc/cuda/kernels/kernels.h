@@ -18,8 +18,8 @@ namespace moe_ext::cuda {
 enum class Type { kF64, kF32, kBf16, kF16 };
 enum class IdType { kI32, kI64 };
 
-// Where every slot goes: a stable sort by expert of the slots in `order` (or null: as they come).
-// Slots whose id is no expert get row -1.
+// Where every slot goes: a stable sort by expert of the slots in `order` (or null: as they come; -1
+// in it is no slot). Slots whose id is no expert get row -1.
 //   ids [N]   order [N]   row_map [N] or null   expert_offsets [E + 1]   slot_of_row [N]: the
 //   inverse of row_map, the skipped slots at its end
 // workspace: plan_workspace bytes.
@@ -43,11 +43,18 @@ struct TokenSlots {
   const int32_t* order;
 };
 
-// out[t] = sum over the token's slots of weights[slot] * rows[row_map[slot]], in their order, -1
-// skipped; weights in the compute type, or null: 1.
+// A bias [E, H] of rows grouped by expert; without one, data is null.
+struct RowBias {
+  const void* data;
+  int64_t E;
+  const int32_t* offsets;  // [E + 1]
+};
+
+// out[t] = sum over the token's slots of weights[slot] * (rows[row] + the row's bias) with
+// row = row_map[slot], in their order, -1 skipped; weights in the compute type, or null: 1.
 void unpermute(
     Type type, const void* rows, const int32_t* row_map, const void* weights, int64_t T,
-    const TokenSlots& slots, int64_t H, void* out, cudaStream_t stream);
+    const TokenSlots& slots, const RowBias& bias, int64_t H, void* out, cudaStream_t stream);
 
 // For every slot: grad_rows[row] = weight * grad_out[t], grad_weights[slot] = <grad_out[t],
 // rows[row]> (0 if skipped). Rows that no slot has are not touched. Either result may be null.
@@ -121,7 +128,7 @@ struct ExpertRows {
   const int32_t* offsets;  // [E + 1]
 };
 
-// out[r] = rows[r] weights[e]^T + bias[e].
+// out[r] = rows[r] weights[e]^T.
 struct ProductArgs {
   ExpertRows experts;
   int64_t N, K;
@@ -129,9 +136,8 @@ struct ProductArgs {
   int64_t row_stride;
   const void* weights;  // [E, N, K], n_stride or k_stride 1
   int64_t expert_stride, n_stride, k_stride;
-  const void* bias;  // [E, N] or null
-  void* out;         // [num_rows, N]
-  bool tf32;         // fp32 may be rounded to TF32 for the tensor cores
+  void* out;  // [num_rows, N]
+  bool tf32;  // fp32 may be rounded to TF32 for the tensor cores
 };
 void grouped_product(const ProductArgs& args, cudaStream_t stream);
 // The same for k_stride 1, faster while hardly any expert has more than a few rows.
@@ -150,22 +156,22 @@ void grouped_grad_weights(const GradWeightsArgs& args, cudaStream_t stream);
 // grad[e] [M, N] = zeros for the experts without rows; the others are not touched.
 void zero_idle_experts(const ExpertRows& experts, int64_t size, void* grad, cudaStream_t stream);
 
-// rows[r] += bias[e], rows [num_rows, N] and bias [E, N].
-void add_bias(
-    const ExpertRows& experts, const void* bias, int64_t N, void* rows, cudaStream_t stream);
-// rows[r] *= weights[r] in the compute type, unless null; zeros at or past offsets[E].
+// rows[r] = weights[r] * (rows[r] + bias[e]), zeros at or past offsets[E]. weights [num_rows] in
+// the compute type and bias [E, N] may be null.
 void finish_rows(
-    const ExpertRows& experts, const void* weights, int64_t N, void* rows, cudaStream_t stream);
+    const ExpertRows& experts, const void* bias, const void* weights, int64_t N, void* rows,
+    cudaStream_t stream);
 // sum[e] = the sum over e's rows of weight(r) * rows[r], rows [num_rows, N]. weight(r) is
 // weights[slot_of_row[r]] in the compute type; slot_of_row may be null: r; weights too: 1.
 void sum_rows(
     const ExpertRows& experts, const void* rows, const void* weights, const int32_t* slot_of_row,
     int64_t N, void* sum, cudaStream_t stream);
 
-// Pre-activations [num_rows, 2I] (gate, then up) or [num_rows, I], to activations [num_rows, I].
+// Pre-activations, hidden [num_rows, 2I] (gate, then up) or [num_rows, I] plus a bias [E, 2I] or
+// [E, I] (or null), to activations [num_rows, I].
 void activate(
-    const ExpertRows& experts, Activation activation, bool gated, const void* hidden, int64_t I,
-    void* activated, cudaStream_t stream);
+    const ExpertRows& experts, Activation activation, bool gated, const void* hidden,
+    const void* bias, int64_t I, void* activated, cudaStream_t stream);
 
 // From the gradient of the weighted activations back to the pre-activations.
 struct GradHiddenArgs {
@@ -173,7 +179,8 @@ struct GradHiddenArgs {
   Activation activation;
   bool gated;
   int64_t I, H;
-  const void* hidden;   // as for activate
+  const void* hidden;  // and its bias: as for activate
+  const void* bias;
   const void* grad;     // [num_rows, I]: <grad_out, column of down_proj>, without the weight
   const void* weights;  // by slot, as for sum_rows
   const int32_t* slot_of_row;

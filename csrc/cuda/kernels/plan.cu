@@ -15,7 +15,7 @@ __global__ void plan_keys_kernel(
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= N) return;
   const int64_t slot = order ? order[i] : i;
-  const Id id = ids[slot];
+  const Id id = slot < 0 ? Id(-1) : ids[slot];
   keys[i] = static_cast<uint32_t>(is_valid(id, E) ? id : E);
   slots[i] = static_cast<int32_t>(slot);
 }
@@ -29,7 +29,8 @@ __global__ void plan_rows_kernel(
   const int64_t before = row == 0 ? int64_t(-1) : int64_t(keys[row - 1]);
   const int64_t here = row == N ? E : int64_t(keys[row]);
   for (int64_t e = before + 1; e <= here; ++e) expert_offsets[e] = static_cast<int32_t>(row);
-  if (row < N && row_map) row_map[slot_of_row[row]] = here < E ? static_cast<int32_t>(row) : -1;
+  if (row == N || !row_map || slot_of_row[row] < 0) return;
+  row_map[slot_of_row[row]] = here < E ? static_cast<int32_t>(row) : -1;
 }
 
 __global__ void invert_kernel(const int32_t* row_map, int64_t N, int32_t* slot_of_row) {

@@ -25,7 +25,7 @@ __global__ void gather_rows_kernel(
 template <class T, int kPack>
 __global__ void unpermute_kernel(
     const T* rows, const int32_t* row_map, const Compute<T>* weights, int64_t num_tokens,
-    TokenSlots slots, int64_t H, T* out) {
+    TokenSlots slots, RowBias bias, int64_t H, T* out) {
   using P = Pack<T, kPack>;
   const int64_t t = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
   if (t >= num_tokens) return;
@@ -39,7 +39,14 @@ __global__ void unpermute_kernel(
       if (row < 0) continue;
       const Compute<T> weight = weights ? weights[slot] : Compute<T>(1);
       const P pack = *reinterpret_cast<const P*>(rows + row * H + h);
-      for (int i = 0; i < kPack; ++i) sum[i] += weight * widen(pack.values[i]);
+      Compute<T> x[kPack];
+      for (int i = 0; i < kPack; ++i) x[i] = widen(pack.values[i]);
+      if (bias.data) {
+        const int64_t e = expert_of_row(bias.offsets, bias.E, row);
+        const P more = *reinterpret_cast<const P*>(static_cast<const T*>(bias.data) + e * H + h);
+        for (int i = 0; i < kPack; ++i) x[i] += widen(more.values[i]);
+      }
+      for (int i = 0; i < kPack; ++i) sum[i] += weight * x[i];
     }
     P pack;
     for (int i = 0; i < kPack; ++i) pack.values[i] = narrow<T>(sum[i]);
@@ -100,7 +107,7 @@ void gather_rows(
 
 void unpermute(
     Type type, const void* rows, const int32_t* row_map, const void* weights, int64_t T_,
-    const TokenSlots& slots, int64_t H, void* out, cudaStream_t stream) {
+    const TokenSlots& slots, const RowBias& bias, int64_t H, void* out, cudaStream_t stream) {
   if (T_ == 0 || H == 0) return;
   dispatch(type, [&](auto element) {
     using T = decltype(element);
@@ -110,9 +117,9 @@ void unpermute(
           launch(
               unpermute_kernel<T, pack()>, blocks_for(T_), kThreads, 0, stream,
               static_cast<const T*>(rows), row_map, static_cast<const Compute<T>*>(weights), T_,
-              slots, H, static_cast<T*>(out));
+              slots, bias, H, static_cast<T*>(out));
         },
-        static_cast<const T*>(rows), static_cast<const T*>(out));
+        static_cast<const T*>(rows), static_cast<const T*>(bias.data), static_cast<const T*>(out));
   });
 }
 

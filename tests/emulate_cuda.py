@@ -1,0 +1,52 @@
+"""Runs tests with the CUDA operators in place of the CPU's, on a machine without a GPU.
+
+`make test-emulated`. csrc/cuda is compiled for the host under cuda_emulation.h and registered for
+CPU tensors, so that the tests of the operators, of autograd and of the layers run its code. What
+only a GPU can show is not tested: nvcc's code, races between blocks, streams, speed.
+"""
+
+import os
+import sys
+import warnings
+from glob import glob
+from pathlib import Path
+
+import pytest
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT / "tests"
+
+
+def load() -> None:
+    build = ROOT / "build" / "emulated"
+    build.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
+    library = cpp_extension.load(
+        name="moe_ext_emulated",
+        sources=[
+            *sorted(glob(str(ROOT / "csrc/cuda/*.cpp"))),
+            *sorted(glob(str(HERE / "emulated_cuda/*.cpp"))),
+        ],
+        extra_include_paths=[str(HERE / "emulated_cuda"), str(ROOT / "csrc")],
+        extra_cflags=[
+            "-O2",
+            f"-include{HERE / 'cuda_emulation.h'}",
+            "-Wno-unknown-pragmas",
+            "-fvisibility=hidden",
+        ],
+        build_directory=str(build),
+        is_python_module=False,
+        is_standalone=False,
+    )
+    del library
+
+
+if __name__ == "__main__":
+    import moe_ext  # noqa: F401  the CPU's come first, to be overridden
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load()
+    os.environ["MOE_EXT_EMULATED"] = "1"
+    sys.exit(pytest.main(sys.argv[1:]))

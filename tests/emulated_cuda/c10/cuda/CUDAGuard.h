@@ -1,0 +1,10 @@
+// In place of torch's: see tests/emulate_cuda.py.
+#pragma once
+
+#include <c10/core/Device.h>
+
+namespace c10::cuda {
+struct CUDAGuard {
+  explicit CUDAGuard(c10::Device) {}
+};
+}  // namespace c10::cuda
