@@ -12,6 +12,7 @@ from glob import glob
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,10 +20,12 @@ HERE = ROOT / "tests"
 
 
 def load() -> None:
+    """Builds and registers csrc/cuda."""
     build = ROOT / "build" / "emulated"
     build.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
-    library = cpp_extension.load(
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja's
+    cpp_extension.load(
         name="moe_ext_emulated",
         sources=[
             *sorted(glob(str(ROOT / "csrc/cuda/*.cpp"))),
@@ -37,9 +40,9 @@ def load() -> None:
         ],
         build_directory=str(build),
         is_python_module=False,
-        is_standalone=False,
     )
-    del library
+    # An IndexError of the CPU's operator.
+    torch.ops.moe_ext.permute(torch.zeros(1, 1), torch.tensor([[-2]]), 1)
 
 
 if __name__ == "__main__":

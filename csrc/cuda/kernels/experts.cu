@@ -67,7 +67,7 @@ __global__ void finish_rows_kernel(
   });
 }
 
-// A block for each expert; nothing to do for most.
+// blocks_each blocks for each expert; most have nothing to do.
 template <class T>
 __global__ void zero_idle_kernel(ExpertRows experts, int64_t blocks_each, int64_t size, T* grad) {
   const int64_t e = blockIdx.x / blocks_each;
@@ -79,7 +79,7 @@ __global__ void zero_idle_kernel(ExpertRows experts, int64_t blocks_each, int64_
   }
 }
 
-// A warp's columns of one expert; the warps of a block share the rows, and the first adds theirs.
+// One block for 32 columns of one expert: its warps share the rows, and the first adds their sums.
 template <class T>
 __global__ void sum_rows_kernel(
     ExpertRows experts, const T* rows, const Compute<T>* weights, const int32_t* slot_of_row,
