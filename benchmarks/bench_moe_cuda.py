@@ -254,8 +254,11 @@ def decode(device: Device, label: str, work: Work, smoke: bool):
     x = Inputs.make(work, False, device.name)
     names = [n for n in ("moe_ext", "grouped_mm") if n in COMPETITORS]
     calls = {name: [make_call("forward", name, work, copy.copy(x))] for name in names}
-    if device.is_cuda:
-        calls |= {f"{name}, graph": [graphed(calls[name][0])] for name in names}
+    for name in names if device.is_cuda else []:
+        try:
+            calls[f"{name}, graph"] = [graphed(calls[name][0])]
+        except RuntimeError as error:
+            print(f"  {name}: no graph of it: {str(error).splitlines()[0]}")
     seconds = in_turns(device, calls, smoke)
     moved, ceiling = work.active_bytes(x.ids), device.copy_bytes_per_second()
     return {
