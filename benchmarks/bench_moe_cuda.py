@@ -423,7 +423,8 @@ def profile(device: Device, path: str, work: Work) -> None:
     """A train step of a layer: the operators by name, and the kernels below them."""
     torch.manual_seed(0)
     with torch.device(device.name):
-        layer = moe_ext.MoE(work.H, work.I, work.E, work.K, dtype=work.dtype)
+        options = {"dtype": work.dtype, "inject_aux_loss": True}
+        layer = moe_ext.MoE(work.H, work.I, work.E, work.K, **options)
         tokens = torch.randn(work.T, work.H).to(work.dtype).requires_grad_()
 
     def step():
