@@ -12,10 +12,6 @@
 namespace moe_ext::cuda {
 namespace {
 
-at::Tensor contiguous_or_none(const std::optional<at::Tensor>& tensor) {
-  return tensor ? tensor->contiguous() : at::Tensor();
-}
-
 // The rows of matrix [T, H] that the source names, [N, H]; zeros at or past offsets[E].
 at::Tensor gather(const at::Tensor& matrix_, const RowSource& source) {
   const at::Tensor matrix = matrix_.contiguous();
@@ -46,7 +42,7 @@ std::tuple<at::Tensor, at::Tensor> expert_rows_forward(
   at::Tensor hidden = hidden_of(tokens, source, experts);
   const int64_t I = experts.down_proj.size(2);
   const at::Tensor activated = at::empty({source.num_rows, I}, tokens.options());
-  const at::Tensor bias = contiguous_or_none(experts.gate_up_bias);
+  const at::Tensor bias = contiguous_in(experts.gate_up_bias, tokens.scalar_type());
   activate(
       expert_rows(hidden, source.expert_offsets), activation, gated, hidden.const_data_ptr(),
       any_data_or_null(bias), I, activated.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
@@ -71,7 +67,9 @@ std::tuple<at::Tensor, at::Tensor> expert_ffn_forward_op(
   const at::Tensor weights = contiguous_in(row_weights, compute_dtype(rows.scalar_type()));
   const RowSource source{expert_offsets.contiguous(), rows.size(0), {}, 1, {}};
   const auto outputs = expert_rows_forward(rows, source, experts, parsed, gated, save_hidden);
-  finish_rows(std::get<0>(outputs), source.expert_offsets, contiguous_or_none(down_bias), weights);
+  finish_rows(
+      std::get<0>(outputs), source.expert_offsets, contiguous_in(down_bias, rows.scalar_type()),
+      weights);
   return outputs;
 }
 
@@ -144,8 +142,8 @@ ExpertFfnGrads expert_ffn_backward(
     if (wants_slot_weights) {
       grad_weights = at::zeros(weights->sizes(), tokens.options().dtype(compute));
     }
-    const at::Tensor hidden_bias = contiguous_or_none(gate_up_bias);
-    const at::Tensor bias = contiguous_or_none(down_bias);
+    const at::Tensor hidden_bias = contiguous_in(gate_up_bias, tokens.scalar_type());
+    const at::Tensor bias = contiguous_in(down_bias, tokens.scalar_type());
     grad_hidden(
         {expert_rows(hidden, offsets), parsed, gated, down_proj.size(2), tokens.size(1),
          hidden.const_data_ptr(), any_data_or_null(hidden_bias), grad.const_data_ptr(),

@@ -15,7 +15,7 @@ at::Tensor grouped_linear(
   const c10::cuda::CUDAGuard device_guard(rows.device());
   const at::Tensor offsets = expert_offsets.contiguous();
   const at::Tensor out = grouped_product(rows, offsets, weight);
-  finish_rows(out, offsets, bias ? bias->contiguous() : at::Tensor(), {});
+  finish_rows(out, offsets, contiguous_in(bias, rows.scalar_type()), {});
   return out;
 }
 

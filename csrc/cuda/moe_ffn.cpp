@@ -30,7 +30,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
       pair_tokens ? token_of_row(*pair_tokens, plan.slot_of_row) : at::Tensor()};
   const auto [rows, hidden] =
       expert_rows_forward(tokens, source, experts, parsed, gated, save_hidden);
-  const at::Tensor bias = down_bias ? down_bias->contiguous() : at::Tensor();
+  const at::Tensor bias = contiguous_in(down_bias, tokens.scalar_type());
   const at::Tensor out = unpermute_rows(
       rows, plan.row_map, slot_weights, T,
       pair_tokens ? order_by_token(op, *pair_tokens, T, plan.slot_of_row) : TokenOrder{},
