@@ -35,7 +35,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_tokens_op(
       tile_size,
       parsed,
       data_or_null<double>(noise)};
-  const at::Tensor workspace = empty_workspace(round_tokens_workspace(type_of(probs), args), ids);
+  const at::Tensor workspace =
+      empty_workspace(capacity_workspace(type_of(probs), args.capacity), ids);
   round_tokens(
       type_of(probs), args, probs.const_data_ptr(), weights.const_data_ptr(),
       {pair_tokens.numel(), pair_tokens.mutable_data_ptr<int64_t>(),

@@ -18,12 +18,15 @@ struct LossWorkspace {
   unsigned long long* counts;  // [S, E]
   unsigned long long* tokens;  // [S]
 
-  explicit LossWorkspace(void* data, int64_t S, int64_t E)
-      : partials(static_cast<Partial*>(data)),
-        counts(reinterpret_cast<unsigned long long*>(partials + kMostBlocks)),
-        tokens(counts + S * E) {}
-  static size_t bytes(int64_t S, int64_t E) {
-    return kMostBlocks * sizeof(Partial) + (S * E + S) * sizeof(unsigned long long);
+  size_t bytes;
+
+  // Without data: only the sizes.
+  LossWorkspace(void* data, int64_t S, int64_t E) {
+    Arena arena(data);
+    partials = arena.take<Partial>(kMostBlocks);
+    counts = arena.take<unsigned long long>(S * E);
+    tokens = arena.take<unsigned long long>(S);
+    bytes = arena.bytes();
   }
 };
 
@@ -183,19 +186,20 @@ void reduce(
       mean, out);
 }
 
-void count_tokens(
-    const LossArgs& args, int64_t length, int64_t S, unsigned long long* tokens,
-    cudaStream_t stream) {
-  cudaMemsetAsync(tokens, 0, S * sizeof(*tokens), stream);
-  launch(
-      count_tokens_kernel, ceil_div(args.T, kThreads), kThreads, 0, stream, args.token_mask, args.T,
-      length, tokens);
-}
-
 }  // namespace
 
+void count_tokens(
+    const bool* token_mask, int64_t T, int64_t num_sequences, unsigned long long* tokens,
+    cudaStream_t stream) {
+  cudaMemsetAsync(tokens, 0, num_sequences * sizeof(*tokens), stream);
+  if (T == 0) return;
+  launch(
+      count_tokens_kernel, ceil_div(T, kThreads), kThreads, 0, stream, token_mask, T,
+      T / num_sequences, tokens);
+}
+
 size_t loss_workspace(int64_t num_sequences, int64_t E) {
-  return LossWorkspace::bytes(num_sequences, E);
+  return LossWorkspace(nullptr, num_sequences, E).bytes;
 }
 
 void load_balancing_loss(
@@ -204,19 +208,14 @@ void load_balancing_loss(
     cudaStream_t stream) {
   const LossWorkspace workspace(args.workspace, S, args.E);
   const int64_t length = args.T / S;
-  cudaMemsetAsync(workspace.counts, 0, (S * args.E + S) * sizeof(*workspace.counts), stream);
-  if (args.T > 0) {
-    count_tokens(args, length, S, workspace.tokens, stream);
-    const auto count = [&](const auto* typed) {
+  count_tokens(args.token_mask, args.T, S, workspace.tokens, stream);
+  cudaMemsetAsync(workspace.counts, 0, S * args.E * sizeof(*workspace.counts), stream);
+  if (args.T * K > 0) {
+    dispatch_ids(id_type, ids, [&](const auto* typed) {
       launch(
           count_choices_kernel<std::decay_t<decltype(*typed)>>, ceil_div(args.T * K, kThreads),
           kThreads, 0, stream, typed, args.token_mask, args.T, length, K, args.E, workspace.counts);
-    };
-    if (id_type == IdType::kI64) {
-      count(static_cast<const int64_t*>(ids));
-    } else {
-      count(static_cast<const int32_t*>(ids));
-    }
+    });
   }
   dispatch_compute(args.type, [&](auto number) {
     using T = decltype(number);
@@ -264,7 +263,7 @@ void router_z_loss_backward(
     cudaStream_t stream) {
   if (args.T == 0) return;
   const LossWorkspace workspace(args.workspace, 1, args.E);
-  count_tokens(args, args.T, 1, workspace.tokens, stream);
+  count_tokens(args.token_mask, args.T, 1, workspace.tokens, stream);
   dispatch_compute(args.type, [&](auto number) {
     using T = decltype(number);
     launch(

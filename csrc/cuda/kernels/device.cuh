@@ -93,6 +93,13 @@ void dispatch_compute(Type type, const Fn& fn) {
   fn(float{});
 }
 
+// Calls fn with the ids as numbers of their type.
+template <class Fn>
+void dispatch_ids(IdType type, const void* ids, const Fn& fn) {
+  if (type == IdType::kI64) return fn(static_cast<const int64_t*>(ids));
+  fn(static_cast<const int32_t*>(ids));
+}
+
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 __device__ inline int lane() { return threadIdx.x % kWarp; }

@@ -94,6 +94,12 @@ void router_weights_backward(
     const RouterArgs& args, const int64_t* ids, const void* grad_weights, const void* grad_probs,
     void* grad_logits, cudaStream_t stream);
 
+// tokens[s] = how many of sequence s are not masked, T / num_sequences each; token_mask [T] may be
+// null: none is.
+void count_tokens(
+    const bool* token_mask, int64_t T, int64_t num_sequences, unsigned long long* tokens,
+    cudaStream_t stream);
+
 // The losses, in the compute type (kF64 or kF32). token_mask [T] may be null: no token is masked.
 // workspace: loss_workspace bytes.
 struct LossArgs {
@@ -223,7 +229,7 @@ struct RoundArgs {
   Rounding rounding;
   const double* noise;  // [E], for kStochastic
 };
-size_t round_tokens_workspace(Type type, const RoundArgs& args);
+// workspace: capacity_workspace bytes.
 void round_tokens(
     Type type, const RoundArgs& args, const void* probs, const void* weights,
     const MutablePairList& pairs, int64_t* kept_ids, void* workspace, cudaStream_t stream);

@@ -234,12 +234,6 @@ __global__ void round_tokens_kernel(
       });
 }
 
-__global__ void count_unmasked_kernel(
-    const bool* mask, int64_t num_tokens, unsigned long long* unmasked) {
-  const int64_t t = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (t < num_tokens && (!mask || mask[t])) atomicAdd(unmasked, 1ull);
-}
-
 template <class T>
 __global__ void expert_choice_kernel(
     const T* probs, const bool* mask, const unsigned long long* unmasked, int64_t num_tokens,
@@ -341,10 +335,6 @@ void apply_capacity(
   keep_slots(args, work, kept_ids, stream);
 }
 
-size_t round_tokens_workspace(Type type, const RoundArgs& args) {
-  return capacity_workspace(type, args.capacity);
-}
-
 void round_tokens(
     Type type, const RoundArgs& args, const void* probs, const void* weights,
     const MutablePairList& pairs, int64_t* kept_ids, void* workspace, cudaStream_t stream) {
@@ -374,9 +364,7 @@ void expert_choice(
   clear_pairs(pairs, stream);
   if (T_ == 0) return;
   auto* unmasked = static_cast<unsigned long long*>(workspace);
-  cudaMemsetAsync(unmasked, 0, sizeof(*unmasked), stream);
-  launch(
-      count_unmasked_kernel, ceil_div(T_, kThreads), kThreads, 0, stream, token_mask, T_, unmasked);
+  count_tokens(token_mask, T_, 1, unmasked, stream);
   dispatch_compute(type, [&](auto number) {
     using T = decltype(number);
     launch(

@@ -45,12 +45,6 @@ __global__ void count_kernel(const Id* ids, int64_t N, int64_t E, unsigned long 
   if (slot < N && is_valid(ids[slot], E)) atomicAdd(&counts[ids[slot]], 1ull);
 }
 
-template <class Fn>
-void dispatch_ids(IdType type, const void* ids, const Fn& fn) {
-  if (type == IdType::kI64) return fn(static_cast<const int64_t*>(ids));
-  fn(static_cast<const int32_t*>(ids));
-}
-
 int key_bits(int64_t E) {
   int bits = 1;
   while ((int64_t(1) << bits) <= E) ++bits;  // E itself is a key
