@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include <string>
+
 #include "cpu/kernels/kernels.h"
 
 namespace {
@@ -33,6 +35,7 @@ PYBIND11_MODULE(_C, m) {
       "cpu_isa", [] { return moe_ext::kernels::current().isa; },
       "The instruction set that the CPU operators run on.");
   m.def(
-      "set_cpu_isa", &moe_ext::kernels::set_isa,
+      "set_cpu_isa",
+      [](const std::string& name) { return moe_ext::kernels::set_isa(name.c_str()); },
       "Caps the instruction set; False if this machine lacks it.");
 }

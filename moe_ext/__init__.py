@@ -35,7 +35,8 @@ def _check_torch(built: str, running: str) -> None:
 _check_torch(_C.build_info()["torch"], torch.__version__)
 
 from moe_ext import _flops, reference  # noqa: E402, F401
-from moe_ext.layers import GroupedExperts, MoE, MoEConfig, total_aux_loss  # noqa: E402
+from moe_ext.aux_loss import set_aux_loss_scale, total_aux_loss  # noqa: E402
+from moe_ext.layers import GroupedExperts, MoE, MoEConfig  # noqa: E402
 from moe_ext.ops import (  # noqa: E402
     expert_ffn,
     load_balancing_loss,
@@ -54,6 +55,7 @@ from moe_ext.routers import (  # noqa: E402
     TopKRouter,
     hash_ids,
 )
+from moe_ext.training import param_groups, update_expert_bias  # noqa: E402
 
 
 def build_info() -> dict[str, object]:
@@ -74,7 +76,7 @@ def set_cpu_isa(name: str) -> None:
 
     Raises ValueError if the name is unknown or the machine has no such instructions.
     """
-    if not _C.set_cpu_isa(name):
+    if not isinstance(name, str) or not _C.set_cpu_isa(name):
         raise ValueError(
             "set_cpu_isa: name must be generic, avx2, avx512 or avx512_bf16, and this machine "
             f"must have it, got {name!r}"
@@ -98,11 +100,14 @@ __all__ = [
     "hash_ids",
     "load_balancing_loss",
     "moe_ffn",
+    "param_groups",
     "permute",
     "reference",
     "router_z_loss",
+    "set_aux_loss_scale",
     "set_cpu_isa",
     "topk_router",
     "total_aux_loss",
     "unpermute",
+    "update_expert_bias",
 ]

@@ -3,13 +3,15 @@
 import dataclasses
 import inspect
 import math
-import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moe_ext import ops
+from moe_ext._buffers import writable
+from moe_ext._messages import need, need_bool, need_choice, need_int, need_number
+from moe_ext.aux_loss import HasAuxLoss
 from moe_ext.routers import RouterOutput, TopKRouter
 
 
@@ -31,6 +33,16 @@ class _Experts(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        who = type(self).__name__
+        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        for name, size in sizes.items():
+            need_int(who, name, size, least=1)
+        need(who, isinstance(activation, str), "activation", 'a name, "silu" say', activation)
+        need_choice(who, "recompute", recompute, "activation", "hidden")
+        need_bool(who, "gated", gated)
+        need_bool(who, "bias", bias)
+        need_number(who, "init_std", init_std)
+        need(who, init_std >= 0, "init_std", ">= 0", init_std)
         self.activation = activation
         self.gated = gated
         self.recompute = recompute
@@ -56,6 +68,21 @@ class _Experts(nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=self.init_std)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        # Here, not in the layer: whoever shards or casts a module does it around its own forward.
+        dtype, device = self.down_proj.dtype, self.down_proj.device
+        if tokens.dtype != dtype and not torch.is_autocast_enabled(tokens.device.type):
+            raise RuntimeError(
+                f"{type(self).__name__}: tokens (the layer's x) must be {dtype} like its weights, "
+                f"got {tokens.dtype}: convert one of them with .to(), or run it under "
+                "torch.autocast"
+            )
+        if tokens.device != device:
+            raise RuntimeError(
+                f"{type(self).__name__}: tokens (the layer's x) must be on {device} like its "
+                f"weights, got {tokens.device}"
+            )
 
     def extra_repr(self) -> str:
         shape = list(getattr(self, self._up_name).shape)
@@ -90,6 +117,7 @@ class GroupedExperts(_Experts):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        need_int("GroupedExperts", "num_experts", num_experts, least=1)
         super().__init__(
             (num_experts,),
             hidden_size,
@@ -120,6 +148,7 @@ class GroupedExperts(_Experts):
         With pair_tokens [P] the weights and ids are [P] too: a list of pairs in any order, for
         tokens with a varying number of experts; -1 marks an unused one.
         """
+        self._check_tokens(tokens)
         weights = (getattr(self, self._up_name), self.down_proj)
         options = {
             "gate_up_bias": getattr(self, f"{self._up_name}_bias", None),
@@ -146,6 +175,7 @@ class SharedExpert(_Experts):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [T, H] -> [T, H]: moe_ffn with one expert, for its small activation memory."""
+        self._check_tokens(tokens)
         slots = tokens.new_ones(tokens.shape[0], 1)
         return ops.moe_ffn(
             tokens,
@@ -187,8 +217,11 @@ class MoEConfig:
     eval_capacity_factor: float | None = None
     min_capacity: int = 4
     drop_policy: str = "probs"
+    capacity_bounds: tuple[float, float] | None = None
     tile_size: int | None = None
     rounding: str = "nearest"
+    balance_per: str = "batch"
+    normalize_by_topk: bool = True
     shared_intermediate_size: int = 0
     recompute: str = "activation"
     init_std: float = 0.02
@@ -218,29 +251,7 @@ def add_to_monitor(totals: Tensor, counts: Tensor, **scalars: Tensor) -> None:
     torch.ops.moe_ext._add_once.default(totals, once)
 
 
-class _InjectGradient(torch.autograd.Function):
-    """Passes y on; in backward the loss receives the gradient 1."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, loss: Tensor) -> Tensor:
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, torch.ones((), device=grad.device)
-
-
-def _in_backward() -> bool:
-    """Whether this forward is a recomputation inside a running backward (checkpointing)."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _need(condition: bool, argument: str, must_be: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"MoE: {argument} must be {must_be}, got {got!r}")
-
-
-class MoE(nn.Module):
+class MoE(HasAuxLoss):
     """A Mixture-of-Experts layer: a drop-in for a dense feed-forward network.
 
     Args:
@@ -258,12 +269,15 @@ class MoE(nn.Module):
             `router.update_expert_bias()` is called after an optimizer step; "none": without.
         aux_loss_coef, z_loss_coef: coefficients of `moe_ext.load_balancing_loss` (with balance=
             "aux_loss") and `moe_ext.router_z_loss`.
-        inject_aux_loss: add the losses' gradient in backward, unscaled, for training scripts that
-            can't be changed. A script that scales its loss (GradScaler, division by the number of
-            micro-batches) does not scale these gradients; take the loss yourself there.
-        capacity_factor, eval_capacity_factor, min_capacity, drop_policy: dropping over a capacity,
-            see `TopKRouter`; None is dropless. A token that lost all its slots comes out as zero.
+        inject_aux_loss: add the losses' gradient in backward, for training scripts that can't be
+            changed. A layer does not know how the script scales its loss (GradScaler, division by
+            the number of micro-batches): tell it by `moe_ext.set_aux_loss_scale`, or take the loss
+            yourself.
+        capacity_factor, eval_capacity_factor, min_capacity, drop_policy, capacity_bounds: dropping
+            over a capacity, see `TopKRouter`; None is dropless. A token that lost all its slots
+            comes out as zero.
         tile_size, rounding: token rounding in training, see `TopKRouter`; None is off.
+        balance_per, normalize_by_topk: how the load-balancing loss is taken, see `TopKRouter`.
         shared_intermediate_size: size of a shared expert that is added for every token; 0: none.
         recompute: what backward recomputes: "activation" keeps x and the pre-activation, "hidden"
             only x.
@@ -300,38 +314,40 @@ class MoE(nn.Module):
         eval_capacity_factor: float | None = None,
         min_capacity: int = 4,
         drop_policy: str = "probs",
+        capacity_bounds: tuple[float, float] | None = None,
         tile_size: int | None = None,
         rounding: str = "nearest",
+        balance_per: str = "batch",
+        normalize_by_topk: bool = True,
         shared_intermediate_size: int = 0,
         recompute: str = "activation",
         init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        for name, size in {
+        super().__init__(inject_aux_loss, device)
+        sizes = {
             "hidden_size": hidden_size,
             "intermediate_size": intermediate_size,
             "num_experts": num_experts,
-        }.items():
-            _need(size >= 1, name, ">= 1", size)
-        _need(1 <= top_k <= num_experts, "top_k", f"in [1, num_experts={num_experts}]", top_k)
-        _need(balance in ("aux_loss", "bias", "none"), "balance", "aux_loss, bias or none", balance)
-        _need(aux_loss_coef >= 0, "aux_loss_coef", ">= 0", aux_loss_coef)
-        _need(z_loss_coef >= 0, "z_loss_coef", ">= 0", z_loss_coef)
-        _need(
-            shared_intermediate_size >= 0,
-            "shared_intermediate_size",
-            ">= 0",
-            shared_intermediate_size,
-        )
+            "top_k": top_k,
+        }
+        for name, size in sizes.items():
+            need_int("MoE", name, size, least=1)
+        must_be = f"in [1, num_experts={num_experts}]"
+        need("MoE", top_k <= num_experts, "top_k", must_be, top_k)
+        need_choice("MoE", "balance", balance, "aux_loss", "bias", "none")
+        for name, coef in {"aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef}.items():
+            need_number("MoE", name, coef)
+            need("MoE", coef >= 0, name, ">= 0", coef)
+        need_bool("MoE", "inject_aux_loss", inject_aux_loss)
+        need_int("MoE", "shared_intermediate_size", shared_intermediate_size, least=0)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
         self.balance = balance
         self.aux_loss_coef = aux_loss_coef if balance == "aux_loss" else 0.0
         self.z_loss_coef = z_loss_coef
-        self.inject_aux_loss = inject_aux_loss
         common = {"init_std": init_std, "device": device, "dtype": dtype}
         routing = {
             "score_function": score_function,
@@ -346,8 +362,11 @@ class MoE(nn.Module):
             "eval_capacity_factor": eval_capacity_factor,
             "min_capacity": min_capacity,
             "drop_policy": drop_policy,
+            "capacity_bounds": capacity_bounds,
             "tile_size": tile_size,
             "rounding": rounding,
+            "balance_per": balance_per,
+            "normalize_by_topk": normalize_by_topk,
         }
         if router is None:
             if balance != "bias":
@@ -356,11 +375,13 @@ class MoE(nn.Module):
         else:
             for name, value in routing.items():
                 default = MoEConfig.__dataclass_fields__[name].default
-                _need(value == default, name, "left to the router where one is given", value)
-            has_bias = getattr(router, "expert_bias", None) is not None
-            _need(balance != "bias" or has_bias, "router", "one with bias_update_rate", router)
+                must_be = "left to the router where one is given"
+                need("MoE", value == default, name, must_be, value)
+            self._check_router(router)
         self.router = router
         self._router_takes_mask = "token_mask" in inspect.signature(router.forward).parameters
+        # The routers of this package name no experts that are not there.
+        self._router_is_ours = type(router).__module__ == TopKRouter.__module__
         ffn = {"activation": activation, "gated": gated, "recompute": recompute, **common}
         self.experts = GroupedExperts(num_experts, hidden_size, intermediate_size, bias=bias, **ffn)
         self.shared_expert = (
@@ -370,15 +391,28 @@ class MoE(nn.Module):
         )
         # Statistics are buffers written in place: that works in a compiled checkpoint, where
         # assigning a tensor to an attribute does not.
-        counts = torch.zeros(num_experts, device=device, dtype=torch.int64)
+        with torch.inference_mode(False):
+            counts = torch.zeros(num_experts, device=device, dtype=torch.int64)
+            dropped = torch.zeros((), device=device, dtype=torch.int64)
         self.register_buffer("_tokens_per_expert", counts, persistent=False)
-        self.register_buffer("_dropped", counts.new_zeros(()), persistent=False)
-        injected = torch.zeros((), device=device, dtype=torch.float32)
-        self.register_buffer("_injected_loss", injected, persistent=False)
+        self.register_buffer("_dropped", dropped, persistent=False)
         self._monitor_totals: Tensor | None = None  # moe_ext.monitor's, while it watches
-        self._aux_loss: Tensor | None = None
-        self._aux_loss_was_taken = True
-        self._warned = False
+
+    def _check_router(self, router: nn.Module) -> None:
+        """That a router of the user's fits, as far as it tells its sizes; `_check_routed` sees the
+        rest at the first forward."""
+        must_be = "a module, moe_ext.TopKRouter(...) say, that returns a moe_ext.RouterOutput"
+        need("MoE", isinstance(router, nn.Module), "router", must_be, router)
+        try:
+            inspect.signature(router.forward).bind(None, None)
+        except TypeError:
+            need("MoE", False, "router", "one with forward(tokens, topk_ids=None)", router)
+        for name in ("hidden_size", "num_experts", "top_k"):
+            size, own = getattr(router, name, None), getattr(self, name)
+            need("MoE", size is None or size == own, f"router.{name}", f"the layer's {own}", size)
+        if self.balance == "bias":
+            has_bias = getattr(router, "expert_bias", None) is not None
+            need("MoE", has_bias, "router", "one with bias_update_rate", router)
 
     @classmethod
     def from_config(cls, config: MoEConfig) -> "MoE":
@@ -402,16 +436,6 @@ class MoE(nn.Module):
         The tensors are the layer's own: the next forward overwrites them.
         """
         return MoEStats(self._tokens_per_expert, self._dropped)
-
-    @property
-    def last_aux_loss(self) -> Tensor | None:
-        """The last forward's losses, coefficients applied: a float32 scalar; None before one.
-
-        With inject_aux_loss it carries no gradient, since backward already adds it. A compiled
-        forward with return_aux_loss only returns it and leaves this as it was.
-        """
-        self._aux_loss_was_taken = True
-        return self._injected_loss if self.inject_aux_loss else self._aux_loss
 
     def forward(
         self,
@@ -444,17 +468,14 @@ class MoE(nn.Module):
             y = y + self.shared_expert(tokens)  # zeros in, zeros out for masked tokens
         loss = self._losses(routed, token_mask, math.prod(x.shape[:-2]))
         self._record(routed, token_mask, loss)
-        if self.inject_aux_loss:
-            y = _InjectGradient.apply(y, loss)
-            loss = loss.detach()
-            self._injected_loss.copy_(loss)
-        else:
-            has_loss = self.aux_loss_coef > 0 or self.z_loss_coef > 0
-            self._keep(loss, taken=return_aux_loss or not has_loss)
+        has_loss = self.aux_loss_coef > 0 or self.z_loss_coef > 0
+        y, loss = self._hand_out(y, loss, is_taken=return_aux_loss or not has_loss)
         y = y.reshape(x.shape)
         return (y, loss) if return_aux_loss else y
 
     def _check_inputs(self, x: Tensor, token_mask: Tensor | None, topk_ids: Tensor | None) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"MoE: x must be a tensor, got {type(x).__name__}")
         if x.dim() == 0 or x.shape[-1] != self.hidden_size:
             raise RuntimeError(f"MoE: x must be [..., H={self.hidden_size}], got {list(x.shape)}")
         if token_mask is not None and token_mask.shape != x.shape[:-1]:
@@ -463,19 +484,22 @@ class MoE(nn.Module):
             )
         if token_mask is not None and token_mask.dtype != torch.bool:
             raise RuntimeError(f"MoE: token_mask must be torch.bool, got {token_mask.dtype}")
-        if topk_ids is not None and topk_ids.shape[:-1] != x.shape[:-1]:
+        if topk_ids is not None and topk_ids.shape != (*x.shape[:-1], self.top_k):
             raise RuntimeError(
-                f"MoE: topk_ids must be {list(x.shape[:-1])} and K, got {list(topk_ids.shape)}"
+                f"MoE: topk_ids must be {[*x.shape[:-1], self.top_k]} (K={self.top_k}), got "
+                f"{list(topk_ids.shape)}"
             )
 
     def _route(
         self, tokens: Tensor, topk_ids: Tensor | None, token_mask: Tensor | None
     ) -> RouterOutput:
         """The router's output, without masked tokens whether it knows of masks or not."""
-        if token_mask is None:
-            return self.router(tokens, topk_ids)
-        knows = {"token_mask": token_mask} if self._router_takes_mask else {}
+        has_mask = token_mask is not None
+        knows = {"token_mask": token_mask} if has_mask and self._router_takes_mask else {}
         routed = self.router(tokens, topk_ids, **knows)
+        self._check_routed(routed, tokens.shape[0])
+        if not has_mask:
+            return routed
         masked = ~token_mask.unsqueeze(1)
         if routed.chosen_ids is not None:
             routed = routed._replace(chosen_ids=routed.chosen_ids.masked_fill(masked, -1))
@@ -485,6 +509,29 @@ class MoE(nn.Module):
             pair_experts = pair_experts.masked_fill(is_masked, -1)
             routed = routed._replace(pairs=(pair_tokens, pair_experts, pair_weights))
         return routed._replace(topk_ids=routed.topk_ids.masked_fill(masked, -1))
+
+    def _check_routed(self, routed: RouterOutput, num_tokens: int) -> None:
+        if not isinstance(routed, RouterOutput):
+            raise TypeError(
+                f"MoE: router must return a moe_ext.RouterOutput, got {type(routed).__name__}"
+            )
+        shapes = {
+            "topk_weights": (num_tokens, self.top_k),
+            "topk_ids": (num_tokens, self.top_k),
+            "router_probs": (num_tokens, self.num_experts),
+            "router_logits": (num_tokens, self.num_experts),
+        }
+        for name, shape in shapes.items():
+            tensor = getattr(routed, name)
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"MoE: router must return {name} as a tensor, got {type(tensor).__name__}"
+                )
+            if tensor.shape != shape:
+                raise RuntimeError(
+                    f"MoE: router must return {name} {list(shape)} (E={self.num_experts}, "
+                    f"K={self.top_k}), got {list(tensor.shape)}"
+                )
 
     @staticmethod
     def _assignment(routed: RouterOutput) -> tuple[Tensor, ...]:
@@ -502,11 +549,13 @@ class MoE(nn.Module):
 
         kept = count(routed.topk_ids)
         ran = kept if routed.pairs is None else count(routed.pairs[1].unsqueeze(1))
-        self._tokens_per_expert.copy_(ran)
-        if routed.chosen_ids is None:
-            self._dropped.zero_()
-        else:
-            self._dropped.copy_(count(routed.chosen_ids).sum() - kept.sum())
+        writable(self, "_tokens_per_expert", ran).copy_(ran)
+        dropped = writable(self, "_dropped", ran).zero_()
+        if routed.chosen_ids is not None:
+            dropped += count(routed.chosen_ids).sum() - kept.sum()
+        if not self._router_is_ours:
+            chosen = routed.topk_ids if routed.chosen_ids is None else routed.chosen_ids
+            dropped += (chosen >= self.num_experts).sum()
         if self._monitor_totals is not None and self.training:
             probs = routed.router_probs.detach()
             entropy = torch.ops.moe_ext._router_entropy.default(probs, token_mask)
@@ -524,7 +573,7 @@ class MoE(nn.Module):
         self, routed: RouterOutput, token_mask: Tensor | None, num_sequences: int
     ) -> Tensor:
         """The losses with their coefficients: a float32 scalar."""
-        loss = torch.zeros((), device=routed.router_probs.device)
+        loss = torch.zeros((), dtype=torch.float32, device=routed.router_probs.device)
         if self.aux_loss_coef:
             if hasattr(self.router, "load_balancing_loss"):
                 balance = self.router.load_balancing_loss(routed, token_mask, num_sequences)
@@ -537,46 +586,9 @@ class MoE(nn.Module):
             loss = loss + (self.z_loss_coef * z_loss).float()
         return loss
 
-    def _keep(self, loss: Tensor, taken: bool) -> None:
-        """Holds the loss for `last_aux_loss`; warns once if training lets one go untaken."""
-        if torch.compiler.is_compiling():
-            # Inside a compiled checkpoint this assignment is refused, and a returned loss does
-            # without it; an exported program has no attributes. (The flag itself: before torch 2.13
-            # is_exporting() says True to every compilation.)
-            if not (taken or torch.compiler._is_exporting_flag):
-                self._aux_loss = loss
-            return
-        if _in_backward():
-            return
-        if not (self._aux_loss_was_taken or self._warned):
-            self._warned = True
-            warnings.warn(
-                "MoE: a forward's auxiliary loss was never used, so the experts may collapse. Add "
-                "moe_ext.total_aux_loss(model) to the loss, or use return_aux_loss=True, "
-                "inject_aux_loss=True or balance='none'.",
-                stacklevel=3,
-            )
-        self._aux_loss = loss
-        self._aux_loss_was_taken = taken or not (self.training and loss.requires_grad)
-
     def __getstate__(self) -> dict:
-        # The last loss hangs on its graph, which can be neither copied nor pickled.
         # A copy is not the one that the monitor watches.
-        return {
-            **self.__dict__,
-            "_aux_loss": None,
-            "_aux_loss_was_taken": True,
-            "_monitor_totals": None,
-        }
+        return {**super().__getstate__(), "_monitor_totals": None}
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, balance={self.balance}"
-
-
-def total_aux_loss(model: nn.Module) -> Tensor:
-    """The sum of `last_aux_loss` over a model's MoE layers: a float32 scalar to add to the loss.
-
-    Zero if the model has no such layer, or none has run yet.
-    """
-    losses = [module.last_aux_loss for module in model.modules() if isinstance(module, MoE)]
-    return sum((loss for loss in losses if loss is not None), start=torch.zeros(()))

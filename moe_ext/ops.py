@@ -9,18 +9,63 @@ Rules for all of them:
 - A slot (t, k) whose id is -1 or >= E is skipped: no arithmetic, exact zeros, no gradient. Other
   negative ids raise IndexError on the CPU and are skipped elsewhere.
 - Any stride, storage offset and size; T = 0, idle experts and repeated ids included.
-- Gradients come in each input's own dtype; frozen inputs cost no work. Second derivatives raise.
+- Gradients come in each input's own dtype; frozen inputs cost no work. Second derivatives raise;
+  `moe_ext.reference` has them.
 - The same input gives the same bits from run to run.
-- RuntimeError for shapes, dtypes and devices, ValueError for options, IndexError for ids, each
-  naming the operator, the argument, what it must be and what it got.
+- RuntimeError for shapes, dtypes and devices, ValueError for options, IndexError for ids, TypeError
+  for values of another type, each naming the operator, the argument, what it must be and what it
+  got. NotImplementedError for second derivatives and torch.vmap.
 """
+
+import functools
+import inspect
+import re
 
 import torch
 from torch import Tensor
 
 _ops = torch.ops.moe_ext
 
+_WRONG_TYPE = re.compile(
+    r"moe_ext::_?(\w+)\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found "
+    r"type '(.+?)'"
+)
+_TYPE_NAMES = {"int": "an integer", "SymInt": "an integer", "bool": "True or False"}
+_TYPE_NAMES |= {"str": "a string", "float": "a number", "number": "a number"}
 
+
+def _explain(error: RuntimeError, function, args: tuple, kwargs: dict) -> Exception:
+    """The error itself, or a sentence where the dispatcher complains of a type: it shows the C++
+    schema then, or says nothing of who and what where a tensor is None."""
+    wrong = _WRONG_TYPE.search(str(error))
+    if wrong is not None:
+        operator, expected, argument, got = wrong.groups()
+        is_optional = expected.startswith("Optional[")
+        expected = expected.removeprefix("Optional[").removesuffix("]")
+        must_be = _TYPE_NAMES.get(expected, "a tensor") + (" or None" if is_optional else "")
+        return TypeError(f"{operator}: {argument} must be {must_be}, got {got}")
+    if "does not have a device" in str(error):
+        signature = inspect.signature(function)
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if value is None and signature.parameters[name].default is inspect.Parameter.empty:
+                return TypeError(f"{function.__name__}: {name} must be a tensor, got None")
+    return error
+
+
+def _explained(function):
+    """The function with errors that a reader understands."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            raise _explain(error, function, args, kwargs) from None
+
+    return call
+
+
+@_explained
 def topk_router(
     router_logits: Tensor,
     top_k: int,
@@ -65,6 +110,7 @@ def topk_router(
     )
 
 
+@_explained
 def permute(tokens: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gathers token rows so that the rows of each expert are contiguous.
 
@@ -81,6 +127,7 @@ def permute(tokens: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor,
     return _ops.permute.default(tokens, topk_ids, num_experts)
 
 
+@_explained
 def unpermute(rows: Tensor, row_map: Tensor, topk_weights: Tensor | None = None) -> Tensor:
     """The weighted sum over k of each token's rows: the inverse of `permute`.
 
@@ -95,6 +142,7 @@ def unpermute(rows: Tensor, row_map: Tensor, topk_weights: Tensor | None = None)
     return _ops.unpermute.default(rows, row_map, topk_weights)
 
 
+@_explained
 def expert_ffn(
     rows: Tensor,
     expert_offsets: Tensor,
@@ -140,6 +188,7 @@ def expert_ffn(
     )
 
 
+@_explained
 def moe_ffn(
     tokens: Tensor,
     topk_weights: Tensor,
@@ -182,6 +231,7 @@ def moe_ffn(
     )
 
 
+@_explained
 def load_balancing_loss(
     router_probs: Tensor,
     topk_ids: Tensor,
@@ -219,6 +269,7 @@ def load_balancing_loss(
     )
 
 
+@_explained
 def router_z_loss(router_logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
     """mean_t logsumexp(logits_t)^2 (ST-MoE, arXiv 2202.08906).
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_ext import ops
+from moe_ext._buffers import writable
+from moe_ext._messages import need, need_bool, need_choice, need_int, need_number, warn
 
 _ops = torch.ops.moe_ext
 
@@ -101,33 +102,54 @@ class TopKRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._need(temperature > 0, "temperature", "> 0", temperature)
-        self._need(0 <= jitter < 1, "jitter", "in [0, 1)", jitter)
+        who = type(self).__name__
+        for name, size in {"hidden_size": hidden_size, "num_experts": num_experts}.items():
+            need_int(who, name, size, least=1)
+        need_int(who, "top_k", top_k, least=1)
+        must_be = f"in [1, num_experts={num_experts}]"
+        need(who, top_k <= num_experts, "top_k", must_be, top_k)
+        need_choice(who, "score_function", score_function, "softmax", "sigmoid")
+        need_bool(who, "renormalize", renormalize)
+        need_bool(who, "normalize_by_topk", normalize_by_topk)
+        for name, number in {
+            "scaling_factor": scaling_factor,
+            "temperature": temperature,
+            "jitter": jitter,
+            "init_std": init_std,
+        }.items():
+            need_number(who, name, number)
+        need(who, temperature > 0, "temperature", "> 0", temperature)
+        need(who, 0 <= jitter < 1, "jitter", "in [0, 1)", jitter)
+        need(who, init_std >= 0, "init_std", ">= 0", init_std)
+        need_int(who, "num_groups", num_groups, least=1)
+        need_int(who, "topk_groups", topk_groups, least=1)
         if bias_update_rate is not None:
-            self._need(bias_update_rate >= 0, "bias_update_rate", ">= 0", bias_update_rate)
+            need_number(who, "bias_update_rate", bias_update_rate)
+            need(who, bias_update_rate >= 0, "bias_update_rate", ">= 0", bias_update_rate)
         for name, factor in {
             "capacity_factor": capacity_factor,
             "eval_capacity_factor": eval_capacity_factor,
         }.items():
-            self._need(factor is None or factor > 0, name, "> 0", factor)
-        self._need(min_capacity >= 1, "min_capacity", ">= 1", min_capacity)
-        policies = ("probs", "position")
-        self._need(drop_policy in policies, "drop_policy", "probs or position", drop_policy)
+            if factor is not None:
+                need_number(who, name, factor)
+                need(who, factor > 0, name, "> 0", factor)
+        need_int(who, "min_capacity", min_capacity, least=1)
+        need_choice(who, "drop_policy", drop_policy, "probs", "position")
         if capacity_bounds is not None:
-            self._need(
-                len(capacity_bounds) == 2 and 0 < capacity_bounds[0] <= capacity_bounds[1],
-                "capacity_bounds",
-                "(least, most) with 0 < least <= most",
-                capacity_bounds,
-            )
-            self._need(
-                capacity_factor is not None, "capacity_factor", "given with capacity_bounds", None
-            )
-        self._need(tile_size is None or tile_size >= 1, "tile_size", ">= 1", tile_size)
+            must_be = "(least, most) with 0 < least <= most"
+            is_pair = isinstance(capacity_bounds, (tuple, list)) and len(capacity_bounds) == 2
+            need(who, is_pair, "capacity_bounds", must_be, capacity_bounds)
+            for bound in capacity_bounds:
+                need_number(who, "capacity_bounds", bound)
+            least, most = capacity_bounds
+            need(who, 0 < least <= most, "capacity_bounds", must_be, capacity_bounds)
+            given = capacity_factor is not None
+            need(who, given, "capacity_factor", "given with capacity_bounds", None)
+        if tile_size is not None:
+            need_int(who, "tile_size", tile_size, least=1)
         roundings = ("nearest", "up", "down", "stochastic", "balanced")
-        self._need(rounding in roundings, "rounding", f"one of {', '.join(roundings)}", rounding)
-        scopes = ("batch", "sequence")
-        self._need(balance_per in scopes, "balance_per", "batch or sequence", balance_per)
+        need_choice(who, "rounding", rounding, *roundings)
+        need_choice(who, "balance_per", balance_per, "batch", "sequence")
         choice = {
             "top_k": top_k,
             "score_function": score_function,
@@ -159,15 +181,16 @@ class TopKRouter(nn.Module):
         for name, rows in self._weight_rows(num_experts).items():
             weight = torch.empty(rows, hidden_size, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(weight))
-        wide = {"device": device, "dtype": torch.float32}
-        bias = None if bias_update_rate is None else torch.zeros(num_experts, **wide)
+        with torch.inference_mode(False):  # a router made under it may be trained later
+            wide = {"device": device, "dtype": torch.float32}
+            bias = None if bias_update_rate is None else torch.zeros(num_experts, **wide)
+            wide["dtype"] = torch.float64
+            average = None if capacity_bounds is None else torch.full((), capacity_factor, **wide)
+            # Counts since the start, and what the two updates have seen of them. No buffers, or
+            # DDP would overwrite every rank's counts with the first one's.
+            self._counters = torch.zeros(3, num_experts, device=device, dtype=torch.int64)
         self.register_buffer("expert_bias", bias)
-        wide["dtype"] = torch.float64
-        average = None if capacity_bounds is None else torch.full((), capacity_factor, **wide)
         self.register_buffer("load_average", average)
-        # Counts since the start, and what the two updates have seen of them. No buffers, or DDP
-        # would overwrite every rank's counts with the first one's.
-        self._counters = torch.zeros(3, num_experts, device=device, dtype=torch.int64)
         self.reset_parameters()
 
     def _check_choice(self, num_experts: int, options: dict) -> None:
@@ -178,14 +201,18 @@ class TopKRouter(nn.Module):
         """The parameters, and their rows."""
         return {"weight": num_experts}
 
-    def _need(self, condition: bool, argument: str, must_be: str, got: object) -> None:
-        if not condition:
-            raise ValueError(f"{type(self).__name__}: {argument} must be {must_be}, got {got!r}")
+    @property
+    def hidden_size(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.weight.shape[0]
 
     def _warn_once(self, reason: str, text: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(text, stacklevel=3)
+            warn(text)
 
     def reset_parameters(self) -> None:
         """Normal with standard deviation init_std; no bias, no counts."""
@@ -206,9 +233,47 @@ class TopKRouter(nn.Module):
             if before is not None and now.dtype not in (torch.float32, torch.float64):
                 self._buffers[name] = before.to(now.device)
         counters = fn(self._counters)
+        if self._counters.is_meta:  # to_empty leaves anything in them
+            counters = torch.zeros_like(counters, dtype=torch.int64)
         is_cast = counters.dtype != torch.int64  # Module.type casts integers too
         self._counters = self._counters.to(counters.device) if is_cast else counters
         return self
+
+    @property
+    def waiting_counts(self) -> Tensor:
+        """Choices [2, E] int64 in training that `update_expert_bias` and `update_capacity_factor`
+        have not seen yet. Part of the state dict where one of them is in use, so that a run that
+        is resumed between a step and its update goes on as if it had not stopped."""
+        return self._counters[0] - self._counters[1:]
+
+    def _is_counting(self) -> bool:
+        return self.expert_bias is not None or self.load_average is not None
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._is_counting():
+            destination[f"{prefix}waiting_counts"] = self.waiting_counts
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        # Not asked for: checkpoints of other programs have no counts.
+        waiting = state_dict.pop(f"{prefix}waiting_counts", None) if self._is_counting() else None
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if waiting is None:
+            return
+        if waiting.shape != (2, self.num_experts):
+            error_msgs.append(
+                f"{prefix}waiting_counts must be [2, E={self.num_experts}], got "
+                f"{list(waiting.shape)}"
+            )
+            return
+        with torch.inference_mode(False):
+            counters = torch.zeros_like(self._counters, device=self.weight.device)
+            counters[1:] -= waiting.to(counters)
+        self._counters = counters
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "process_group": None}
@@ -260,7 +325,10 @@ class TopKRouter(nn.Module):
         With topk_ids [T, K] the choice is given and only the weights are the router's, so that it
         still learns; -1 (or any id >= E) is skipped; capacity and rounding are off. Tokens whose
         token_mask [T] is False are not routed and count nowhere.
+
+        Raises RuntimeError for shapes, dtypes and devices.
         """
+        self._check_inputs(tokens, topk_ids)
         if self.training and self.jitter > 0:
             noise = torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
             tokens = tokens * noise
@@ -271,10 +339,26 @@ class TopKRouter(nn.Module):
         weights, topk_ids, probs = self._choose(scores)
         if token_mask is not None:
             topk_ids = topk_ids.masked_fill(~token_mask.unsqueeze(1), -1)
-        if self.training and (self.expert_bias is not None or self.load_average is not None):
+        if self.training and self._is_counting():
             counts = _ops._tokens_per_expert.default(topk_ids, self.weight.shape[0])
-            _ops._add_once.default(self._counters[0], counts)
+            _ops._add_once.default(writable(self, "_counters", counts)[0], counts)
         return self._limit(RouterOutput(weights, topk_ids, probs, logits), token_mask)
+
+    def _check_inputs(self, tokens: Tensor, topk_ids: Tensor | None) -> None:
+        who, weight = type(self).__name__, self.weight
+        if tokens.dim() != 2 or tokens.shape[1] != weight.shape[1]:
+            must_be = f"[T, H={weight.shape[1]}]"
+            raise RuntimeError(f"{who}: tokens must be {must_be}, got {list(tokens.shape)}")
+        if not tokens.is_floating_point():
+            raise RuntimeError(f"{who}: tokens must be floating point, got {tokens.dtype}")
+        if tokens.device != weight.device:
+            must_be = f"on {weight.device} like its weight"
+            raise RuntimeError(f"{who}: tokens must be {must_be}, got {tokens.device}")
+        if topk_ids is not None and topk_ids.shape != (tokens.shape[0], self.top_k):
+            raise RuntimeError(
+                f"{who}: topk_ids must be [T={tokens.shape[0]}, K={self.top_k}], got "
+                f"{list(topk_ids.shape)}"
+            )
 
     # --- capacity and token rounding ---
 
@@ -372,14 +456,18 @@ class TopKRouter(nn.Module):
             ids,
             token_mask=token_mask,
             normalize_by_topk=self.normalize_by_topk,
-            num_sequences=max(num_sequences, 1) if self.balance_per == "sequence" else 1,
+            num_sequences=num_sequences if self._balances_sequences(ids, num_sequences) else 1,
             expert_share=share,
         )
 
+    def _balances_sequences(self, topk_ids: Tensor, num_sequences: int) -> bool:
+        return self.balance_per == "sequence" and num_sequences > 0 and topk_ids.shape[0] > 0
+
     def _new_counts(self, reader: int) -> Tensor:
         """Choices [E] in training since this reader's last call, over the process group."""
-        counts = self._counters[0] - self._counters[reader]
-        self._counters[reader] = self._counters[0]
+        counters = writable(self, "_counters", self.weight)
+        counts = counters[0] - counters[reader]
+        counters[reader] = counters[0]
         if self.process_group is not None:
             dist.all_reduce(counts, group=self.process_group)
         return counts
@@ -409,8 +497,9 @@ class TopKRouter(nn.Module):
             )
         counts = self._new_counts(1)
         direction = (counts.sum() - counts * len(counts)).sign()
-        self.expert_bias += self.bias_update_rate * direction
-        self.expert_bias -= self.expert_bias.mean()
+        bias = writable(self, "expert_bias", counts)
+        bias += self.bias_update_rate * direction
+        bias -= bias.mean()
 
     @torch.no_grad()
     def update_capacity_factor(self, momentum: float = 0.9) -> None:
@@ -427,7 +516,7 @@ class TopKRouter(nn.Module):
             )
         counts = self._new_counts(2).double()
         load = torch.where(counts.sum() > 0, counts.max() / counts.mean(), self.load_average)
-        self.load_average.lerp_(load.to(self.load_average.dtype), 1 - momentum)
+        writable(self, "load_average", counts).lerp_(load.to(self.load_average.dtype), 1 - momentum)
 
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape
@@ -553,29 +642,22 @@ class HierarchicalRouter(TopKRouter):
         **options,
     ) -> None:
         for name in ("score_function", "bias_update_rate"):
-            self._need(name not in options, name, "left out", options.get(name))
+            need("HierarchicalRouter", name not in options, name, "left out", options.get(name))
         options |= {"num_groups": num_groups, "topk_groups": topk_groups}
         super().__init__(hidden_size, num_experts, top_k, renormalize=renormalize, **options)
 
     def _check_choice(self, num_experts: int, options: dict) -> None:
         top_k, num_groups = options["top_k"], options["num_groups"]
         topk_groups = options["topk_groups"]
-        self._need(
-            num_groups >= 1 and num_experts % num_groups == 0,
-            "num_groups",
-            f"a divisor of num_experts={num_experts}",
-            num_groups,
-        )
-        self._need(
-            1 <= topk_groups <= num_groups and top_k % topk_groups == 0,
-            "topk_groups",
-            f"in [1, num_groups={num_groups}] and a divisor of top_k={top_k}",
-            topk_groups,
-        )
+        who = type(self).__name__
+        must_be = f"a divisor of num_experts={num_experts}"
+        need(who, num_experts % num_groups == 0, "num_groups", must_be, num_groups)
+        must_be = f"in [1, num_groups={num_groups}] and a divisor of top_k={top_k}"
+        divides = topk_groups <= num_groups and top_k % topk_groups == 0
+        need(who, divides, "topk_groups", must_be, topk_groups)
         most = topk_groups * num_experts // num_groups
-        self._need(
-            1 <= top_k <= most, "top_k", f"in [1, {most}], the chosen groups' experts", top_k
-        )
+        must_be = f"in [1, {most}], the chosen groups' experts"
+        need(who, top_k <= most, "top_k", must_be, top_k)
 
     def _weight_rows(self, num_experts: int) -> dict[str, int]:
         return {"weight": num_experts, "group_weight": self.num_groups}
@@ -641,10 +723,16 @@ def hash_ids(token_ids: Tensor, num_experts: int, top_k: int, seed: int = 0) -> 
     The same id has the same experts always; different seeds, for the layers of a model, give
     different ones. Hash layers: Roller et al. 2021, arXiv 2106.04426.
 
-    Raises ValueError unless 1 <= top_k <= num_experts.
+    Raises TypeError for token_ids that are no integers, ValueError unless 1 <= top_k <=
+    num_experts.
     """
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"hash_ids: top_k must be in [1, num_experts={num_experts}], got {top_k}")
+    is_tensor = isinstance(token_ids, Tensor)
+    if not is_tensor or token_ids.is_floating_point() or token_ids.is_complex():
+        got = token_ids.dtype if is_tensor else type(token_ids).__name__
+        raise TypeError(f"hash_ids: token_ids must be a tensor of integers, got {got}")
+    for name, value in {"num_experts": num_experts, "top_k": top_k}.items():
+        need_int("hash_ids", name, value, least=1)
+    need("hash_ids", top_k <= num_experts, "top_k", f"in [1, num_experts={num_experts}]", top_k)
     # An expert, and a step that meets all experts before it comes back: one without a common
     # divisor with E.
     steps = [step for step in range(1, num_experts + 1) if math.gcd(step, num_experts) == 1]

@@ -225,7 +225,7 @@ BAD = [  # operator, changed arguments, error, message
         "moe_ffn",
         {"gate_up_proj": f(E, 2 * I, H).double()},
         R,
-        "gate_up_proj must be Float, got Double",
+        "gate_up_proj must be Float like tokens, got Double",
     ),
     (
         "moe_ffn",
@@ -311,7 +311,7 @@ BAD = [  # operator, changed arguments, error, message
     ("_apply_capacity", {"num_experts": 0}, R, "num_experts must be >= 1, got 0"),
     ("_apply_capacity", {"drop_policy": "x"}, V, "drop_policy must be probs or position, got x"),
     ("_round_tokens", {"router_probs": f(T)}, R, "router_probs must be [T, E], got [6]"),
-    ("_round_tokens", {"tile_size": 0}, V, "tile_size must be >= 1, got 0"),
+    ("_round_tokens", {"tile_size": 0}, V, "tile_size must be in [1, 2^20], got 0"),
     (
         "_round_tokens",
         {"rounding": "x"},
@@ -342,7 +342,7 @@ BAD = [  # operator, changed arguments, error, message
         V,
         "min_capacity must be >= 1, got 0",
     ),
-    ("_expert_choice", {"top_k": 0}, V, "top_k must be >= 1, got 0"),
+    ("_expert_choice", {"top_k": 0}, V, "top_k must be in [1, E=3], got 0"),
     ("_expert_choice", {"token_mask": f(T)}, R, "token_mask must be Bool, got Float"),
     ("_pair_weights", {"num_experts": 4}, R, "router_probs must be [T, E=4], got [6, 3]"),
     (
@@ -351,7 +351,12 @@ BAD = [  # operator, changed arguments, error, message
         R,
         "router_probs must be float32 or float64, got Half",
     ),
-    ("_pair_weights", {"topk_weights": f(T, K).double()}, R, "topk_weights must be Float, got"),
+    (
+        "_pair_weights",
+        {"topk_weights": f(T, K).double()},
+        R,
+        "topk_weights must be Float like router_probs, got",
+    ),
     ("_pair_weights", {"pair_tokens": f(9).int()}, R, "pair_tokens must be Long, got Int"),
     ("_pair_weights", {"pair_slots": f(8).long()}, R, "pair_slots must be [P=9], got [8]"),
     ("_pair_weights", {"pair_tokens": f(9).long() + 6}, X, "pair_tokens must be in [-1, T=6)"),

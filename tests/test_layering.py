@@ -19,6 +19,7 @@ CPP_LAYERS = {
     "meta": {"allowed": {"ops"}, "torch": True},
     "autograd": {"allowed": {"autograd"}, "torch": True},
     "autocast": {"allowed": set(), "torch": True},
+    "vmap": {"allowed": set(), "torch": True},
     "": {"allowed": {"cpu/kernels"}, "torch": True},  # schema.cpp, module.cpp
 }
 TORCH = re.compile(r"^(ATen|c10|torch)/")
@@ -26,13 +27,27 @@ INCLUDE = re.compile(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', re.MULTILINE)
 
 # Module of the package -> modules of it that it may import.
 PYTHON_LAYERS = {
-    "__init__": {"_C", "_flops", "_version", "layers", "ops", "reference", "routers"},
+    "__init__": {
+        "_C",
+        "_flops",
+        "_version",
+        "aux_loss",
+        "layers",
+        "ops",
+        "reference",
+        "routers",
+        "training",
+    },
+    "_buffers": set(),
+    "_messages": set(),
     "_version": set(),
     "_flops": set(),
     "ops": set(),
     "reference": set(),
-    "routers": {"ops"},
-    "layers": {"ops", "routers"},
+    "routers": {"_buffers", "_messages", "ops"},
+    "aux_loss": {"_buffers", "_messages"},
+    "layers": {"_buffers", "_messages", "aux_loss", "ops", "routers"},
+    "training": {"_messages", "layers", "routers"},
     "monitor": {"layers", "_monitor_figure"},
     "_monitor_figure": set(),
     "integrations/__init__": set(),

@@ -171,8 +171,8 @@ def test_statistics():
 def test_given_ids(variant):
     layer = make_layer(**variant).double()
     x = torch.randn(3, 5, H, dtype=torch.float64)
-    ids = torch.randint(-1, E + 1, (3, 5, 4))  # any K
-    expected, _ = expected_output(layer, x, variant, ids.view(-1, 4))
+    ids = torch.randint(-1, E + 1, (3, 5, K))
+    expected, _ = expected_output(layer, x, variant, ids.view(-1, K))
     y = layer(x, topk_ids=ids)
     assert relative_error(y, expected) < 1e-12
     y.sum().backward()
@@ -288,12 +288,62 @@ def test_any_router():
             logits = tokens[:, :E]
             return moe_ext.RouterOutput(*moe_ext.topk_router(logits, 1), logits)
 
-    layer = make_layer(router=First())
+    layer = moe_ext.MoE(H, I, E, 1, router=First())
     x = torch.randn(9, H)
     layer(x)
     assert torch.equal(
         layer.last_stats.tokens_per_expert, torch.bincount(x[:, :E].argmax(1), minlength=E)
     )
+
+
+def test_ids_of_a_router_that_are_no_experts_count_as_dropped():
+    class Beyond(nn.Module):
+        def forward(self, tokens, topk_ids=None):
+            logits = tokens[:, :E]
+            weights, ids, probs = moe_ext.topk_router(logits, K)
+            return moe_ext.RouterOutput(weights, ids + 2, probs, logits)
+
+    layer = make_layer(router=Beyond())
+    layer(torch.randn(30, H))
+    stats = layer.last_stats
+    assert stats.dropped > 0 and stats.dropped + stats.tokens_per_expert.sum() == 30 * K
+    masked = torch.arange(30) < 10  # slots of -1 are nobody's loss
+    layer(torch.randn(30, H), token_mask=masked)
+    assert layer.last_stats.dropped + layer.last_stats.tokens_per_expert.sum() == 10 * K
+
+
+def test_the_routers_options_are_the_layers_too():
+    options = {
+        "balance_per": "sequence",
+        "normalize_by_topk": False,
+        "capacity_factor": 1.0,
+        "capacity_bounds": (1.0, 2.0),
+    }
+    layer = make_layer(**options)
+    for name, value in options.items():
+        assert getattr(layer.router, name) == value
+    assert (
+        moe_ext.MoE.from_config(
+            moe_ext.MoEConfig(
+                hidden_size=H, intermediate_size=I, num_experts=E, top_k=K, balance_per="sequence"
+            )
+        ).router.balance_per
+        == "sequence"
+    )
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_made_in_inference_mode(variant, moved):
+    """It runs, and trains what can be trained, outside of it."""
+    with torch.inference_mode():
+        layer = make_layer(balance="bias", **variant)
+        if moved:
+            layer = layer.double().float()
+        expected = layer(torch.ones(9, H))
+    with torch.no_grad():
+        assert torch.equal(layer(torch.ones(9, H)), expected)
+        layer.router.update_expert_bias()
+    assert layer.last_stats.tokens_per_expert.sum() == 9 * K
 
 
 def test_copies_and_checkpoints(variant, tmp_path):
@@ -305,6 +355,22 @@ def test_copies_and_checkpoints(variant, tmp_path):
     twin = moe_ext.MoE(H, I, E, K, **variant)
     twin.load_state_dict(load_file(tmp_path / "layer.safetensors"))
     assert torch.equal(twin(x), y)
+
+
+def test_meta_and_assign(device):
+    """A layer that was made on meta and got its tensors from a checkpoint is a whole one."""
+    with torch.device(device):
+        whole = make_layer(balance="bias", bias_update_rate=0.1)
+    layer = make_layer(balance="bias", bias_update_rate=0.1, device="meta")
+    layer.load_state_dict(copy.deepcopy(whole.state_dict()), assign=True)
+    x = torch.randn(50, H, device=device)
+    for each in (whole, layer):
+        each(x)
+        each.router.update_expert_bias()
+    assert whole.router.expert_bias.any()
+    assert torch.equal(layer.router.expert_bias, whole.router.expert_bias)
+    assert torch.equal(layer.last_stats.tokens_per_expert, whole.last_stats.tokens_per_expert)
+    assert layer.last_stats.dropped.device == x.device
 
 
 def test_meta_and_to_empty(device, variant):
@@ -493,7 +559,7 @@ BAD_OPTIONS = [
     (
         {"rounding": "x"},
         ValueError,
-        "TopKRouter: rounding must be one of nearest, up, down, stochastic, balanced, got 'x'",
+        "TopKRouter: rounding must be nearest, up, down, stochastic or balanced, got 'x'",
     ),
     ({"activation": "swish"}, ValueError, "moe_ffn: activation must be silu, "),
     (
@@ -501,12 +567,16 @@ BAD_OPTIONS = [
         ValueError,
         "moe_ffn: activation must be gated for swiglu_clamped, got gated=False",
     ),
-    ({"recompute": "all"}, ValueError, "moe_ffn: recompute must be activation or hidden, got all"),
+    (
+        {"recompute": "all"},
+        ValueError,
+        "GroupedExperts: recompute must be activation or hidden, got 'all'",
+    ),
     ({"dtype": torch.float8_e4m3fn}, (RuntimeError, NotImplementedError), ""),
     (
         {"score_function": "x"},
         ValueError,
-        "topk_router: score_function must be softmax or sigmoid, got x",
+        "TopKRouter: score_function must be softmax or sigmoid, got 'x'",
     ),
     ({"num_groups": 4}, ValueError, "topk_router: num_groups must divide E=6, got 4"),
     ({"temperature": 0.0}, ValueError, "TopKRouter: temperature must be > 0, got 0.0"),
@@ -549,12 +619,19 @@ BAD_CALLS = [
     ({"x": torch.zeros(())}, f"MoE: x must be [..., H={H}], got []"),
     ({"token_mask": torch.ones(4).bool()}, "MoE: token_mask must be [3], got [4]"),
     ({"token_mask": torch.ones(3)}, "MoE: token_mask must be torch.bool, got torch.float32"),
-    ({"topk_ids": torch.ones(4, K).long()}, f"MoE: topk_ids must be [3] and K, got [4, {K}]"),
+    (
+        {"topk_ids": torch.ones(4, K).long()},
+        f"MoE: topk_ids must be [3, {K}] (K={K}), got [4, {K}]",
+    ),
     (
         {"topk_ids": torch.ones(3, 0).long()},
-        "load_balancing_loss: topk_ids must have K >= 1, got K=0",
+        f"MoE: topk_ids must be [3, {K}] (K={K}), got [3, 0]",
     ),
-    ({"x": torch.zeros(3, H).double()}, "moe_ffn: gate_up_proj must be Double, got Float"),
+    (
+        {"x": torch.zeros(3, H).double()},
+        "GroupedExperts: tokens (the layer's x) must be torch.float32 like its weights, got "
+        "torch.float64: convert one of them with .to(), or run it under torch.autocast",
+    ),
 ]
 
 

@@ -514,7 +514,7 @@ class TestGivenIds:
         with pytest.raises(RuntimeError, match="GivenIdsRouter: topk_ids must be given"):
             router(torch.randn(2, H))
         router.give(torch.zeros(3, K).long())
-        with pytest.raises(RuntimeError, match=r"topk_ids must be \[T=2, K\], got \[3, 2\]"):
+        with pytest.raises(RuntimeError, match=r"topk_ids must be \[T=2, K=2\], got \[3, 2\]"):
             router(torch.randn(2, H))
         router.give(None)
         with pytest.raises(RuntimeError, match="GivenIdsRouter: topk_ids must be given"):
@@ -611,6 +611,44 @@ class TestBias:
             layer = bias_layer(**options)
             layer(x)
             assert torch.equal(counts_of(layer), counts_of(expected))
+
+    @pytest.mark.parametrize("options", [{}, {"capacity_factor": 1, "capacity_bounds": (1, 3)}])
+    def test_a_run_resumed_before_the_update_is_the_same(self, options, tmp_path):
+        x = torch.randn(20, H)
+        layer = bias_layer(**options)
+        layer(x)
+        torch.save(layer.state_dict(), tmp_path / "layer.pt")
+        resumed = bias_layer(**options)
+        resumed(torch.randn(9, H))  # what it counted before is not of this run
+        resumed.load_state_dict(torch.load(tmp_path / "layer.pt"))
+        for each in (layer, resumed):
+            each(x + 1)
+            each.router.update_expert_bias()
+            if options:
+                each.router.update_capacity_factor()
+        assert torch.equal(resumed.router.expert_bias, layer.router.expert_bias)
+        assert layer.router.expert_bias.any()
+        if options:
+            assert torch.equal(resumed.router.load_average, layer.router.load_average)
+
+    def test_checkpoints_without_counts(self):
+        """Those of other programs load, strictly too; wrong ones are refused."""
+        layer, other = bias_layer(), bias_layer()
+        layer(torch.randn(20, H))
+        state = layer.state_dict()
+        waiting = state.pop("router.waiting_counts")
+        assert waiting.shape == (2, E) and waiting.any()
+        other.load_state_dict(state)
+        state["router.waiting_counts"] = torch.zeros(3)
+        with pytest.raises(RuntimeError, match=r"waiting_counts must be \[2, E=6\], got \[3\]"):
+            other.load_state_dict(state)
+        assert "router.waiting_counts" not in moe_ext.MoE(H, I, E, K).state_dict()
+
+    def test_all_routers_of_a_model(self):
+        model = torch.nn.Sequential(bias_layer(), torch.nn.Tanh(), bias_layer())
+        model(torch.randn(40, H))
+        assert moe_ext.update_expert_bias(model) == 2
+        assert model[0].router.expert_bias.any() and model[2].router.expert_bias.any()
 
     def test_reset(self):
         layer = bias_layer()

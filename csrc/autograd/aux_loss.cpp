@@ -33,7 +33,7 @@ class LoadBalancingLoss : public torch::autograd::Function<LoadBalancingLoss> {
       const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
       grads[0] = op.call(grad[0], saved[0], saved[1], as_optional(saved[2])).to(dtype);
     }
-    return once_differentiable("load_balancing_loss", std::move(grads));
+    return once_differentiable("load_balancing_loss", std::move(grads), grad, saved);
   }
 };
 
@@ -59,7 +59,7 @@ class RouterZLoss : public torch::autograd::Function<RouterZLoss> {
           "moe_ext::_router_z_loss_backward");
       grads[0] = op.call(grad[0], saved[0], as_optional(saved[1]));
     }
-    return once_differentiable("router_z_loss", std::move(grads));
+    return once_differentiable("router_z_loss", std::move(grads), grad, saved);
   }
 };
 

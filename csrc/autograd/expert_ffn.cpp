@@ -19,8 +19,8 @@ class ExpertFfn : public torch::autograd::Function<ExpertFfn> {
         rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias, down_bias, row_weights,
         activation, gated, save_hidden);
     save_expert_ffn(
-        ctx, rows, row_weights, std::nullopt, std::nullopt, expert_offsets, hidden, gate_up_proj,
-        down_proj, gate_up_bias, down_bias, activation, gated);
+        ctx, rows, row_weights, std::nullopt, std::nullopt, expert_offsets, hidden, save_hidden,
+        gate_up_proj, down_proj, gate_up_bias, down_bias, activation, gated);
     return out;
   }
 
@@ -38,7 +38,7 @@ class ExpertFfn : public torch::autograd::Function<ExpertFfn> {
     const bool row_weights = needs.next(saved[1].defined());
     std::tie(grads[0], grads[6], grads[2], grads[3], grads[4], grads[5]) = expert_ffn_backward(
         ctx, grad[0], saved, {rows, row_weights, gate_up, down, gate_up_bias, down_bias});
-    return once_differentiable("expert_ffn", std::move(grads));
+    return once_differentiable("expert_ffn", std::move(grads), grad, saved);
   }
 };
 

@@ -7,17 +7,18 @@ namespace moe_ext::autograd {
 
 using ExpertFfnGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// What both operators save, in this order. `hidden` is undefined under recompute="hidden".
+// What both operators save, in this order. `hidden` is undefined under recompute="hidden" (it has
+// no rows then).
 inline void save_expert_ffn(
     AutogradContext* ctx, const Tensor& tokens, const OptionalTensor& weights,
     const OptionalTensor& row_map, const OptionalTensor& pair_tokens, const Tensor& expert_offsets,
-    const Tensor& hidden, const Tensor& gate_up_proj, const Tensor& down_proj,
+    const Tensor& hidden, bool save_hidden, const Tensor& gate_up_proj, const Tensor& down_proj,
     const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
     c10::string_view activation, bool gated) {
   ctx->save_for_backward(
       {tokens, weights.value_or(Tensor()), row_map.value_or(Tensor()),
-       pair_tokens.value_or(Tensor()), expert_offsets, hidden, gate_up_proj, down_proj,
-       gate_up_bias.value_or(Tensor()), down_bias.value_or(Tensor())});
+       pair_tokens.value_or(Tensor()), expert_offsets, save_hidden ? hidden : Tensor(),
+       gate_up_proj, down_proj, gate_up_bias.value_or(Tensor()), down_bias.value_or(Tensor())});
   ctx->saved_data["activation"] = std::string(activation);
   ctx->saved_data["gated"] = gated;
   ctx->set_materialize_grads(false);

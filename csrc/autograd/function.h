@@ -4,10 +4,13 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <string>
+#include <type_traits>
 
 namespace moe_ext::autograd {
 
@@ -48,17 +51,50 @@ class NeedsGrad {
   size_t index_ = 0;
 };
 
-// Gradients are no functions to be differentiated again: under create_graph whoever tries gets an
-// error instead of a silent zero.
-inline variable_list once_differentiable(const char* op, variable_list grads) {
-  if (!at::GradMode::is_enabled()) return grads;
-  for (Tensor& grad : grads) {
-    if (grad.defined()) grad = grad.detach().requires_grad_(true);
+// The history of gradients under create_graph: whoever differentiates them arrives here.
+class SecondDerivative : public torch::autograd::Node {
+ public:
+  SecondDerivative(const char* op, torch::autograd::edge_list&& inputs)
+      : Node(std::move(inputs)), op_(op) {}
+
+  variable_list apply(variable_list&&) override {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, op_,
+        ": second derivatives are not supported; moe_ext.reference has the same "
+        "operators in plain PyTorch, which has them");
   }
-  const auto error = std::make_shared<torch::autograd::DelayedError>(
-      std::string(op) + ": second derivatives are not supported",
-      static_cast<int64_t>(grads.size()));
-  return error->apply(std::move(grads));
+
+ private:
+  const char* op_;
+};
+
+// Nodes are held by std::shared_ptr, from torch 2.13 on by c10::intrusive_ptr.
+using NodePtr = decltype(torch::autograd::Edge::function);
+
+template <class T, class... Args>
+NodePtr make_node(Args&&... args) {
+  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<torch::autograd::Node>>) {
+    return std::make_shared<T>(std::forward<Args>(args)...);
+  } else {
+    return c10::make_intrusive<T>(std::forward<Args>(args)...);
+  }
+}
+
+// The gradients as a function, which can't be differentiated, of the gradients `arrived` and of
+// what was `saved`. They stay connected with those, so that every way of asking ends in the error:
+// gradients with a history of their own would be silent zeros to autograd.grad.
+inline variable_list once_differentiable(
+    const char* op, variable_list grads, const variable_list& arrived, const variable_list& saved) {
+  if (!torch::autograd::compute_requires_grad(arrived, saved))
+    return grads;  // nor without grad mode
+  const NodePtr node =
+      make_node<SecondDerivative>(op, torch::autograd::collect_next_edges(arrived, saved));
+  for (Tensor& grad : grads) {
+    if (!grad.defined()) continue;
+    grad = grad.detach();
+    torch::autograd::set_history(grad, node);
+  }
+  return grads;
 }
 
 }  // namespace moe_ext::autograd

@@ -35,7 +35,7 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
       std::tie(grads[0], grads[2], grads[3]) =
           op.call(grad[0], saved[0], saved[1], saved[2], {rows, weight, bias});
     }
-    return once_differentiable("_grouped_linear", std::move(grads));
+    return once_differentiable("grouped_linear", std::move(grads), grad, saved);
   }
 };
 

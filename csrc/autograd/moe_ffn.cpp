@@ -20,8 +20,8 @@ class MoeFfn : public torch::autograd::Function<MoeFfn> {
         tokens, weights, ids, pair_tokens, gate_up_proj, down_proj, gate_up_bias, down_bias,
         activation, gated, save_hidden);
     save_expert_ffn(
-        ctx, tokens, weights, row_map, pair_tokens, expert_offsets, hidden, gate_up_proj, down_proj,
-        gate_up_bias, down_bias, activation, gated);
+        ctx, tokens, weights, row_map, pair_tokens, expert_offsets, hidden, save_hidden,
+        gate_up_proj, down_proj, gate_up_bias, down_bias, activation, gated);
     return out;
   }
 
@@ -39,7 +39,7 @@ class MoeFfn : public torch::autograd::Function<MoeFfn> {
     const bool down_bias = needs.next(saved[9].defined());
     std::tie(grads[0], grads[1], grads[3], grads[4], grads[5], grads[6]) = expert_ffn_backward(
         ctx, grad[0], saved, {tokens, weights, gate_up, down, gate_up_bias, down_bias});
-    return once_differentiable(saved[3].defined() ? "_moe_ffn_pairs" : "moe_ffn", std::move(grads));
+    return once_differentiable("moe_ffn", std::move(grads), grad, saved);
   }
 };
 

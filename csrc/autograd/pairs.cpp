@@ -39,7 +39,7 @@ class PairWeights : public torch::autograd::Function<PairWeights> {
           ctx->saved_data["num_experts"].toSymInt(), ctx->saved_data["scaling_factor"].toDouble(),
           {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
     }
-    return once_differentiable("_pair_weights", std::move(grads));
+    return once_differentiable("pair_weights", std::move(grads), grad, saved);
   }
 };
 

@@ -29,7 +29,7 @@ class Permute : public torch::autograd::Function<Permute> {
           find_op<Tensor(const Tensor&, const Tensor&)>("moe_ext::_permute_backward");
       grads[0] = op.call(grad[0], saved[0]);
     }
-    return once_differentiable("permute", std::move(grads));
+    return once_differentiable("permute", std::move(grads), grad, saved);
   }
 };
 

@@ -25,7 +25,7 @@ class RouterLogits : public torch::autograd::Function<RouterLogits> {
       std::tie(grads[0], grads[1]) = op.call(
           grad[0], saved[0], saved[1], {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
     }
-    return once_differentiable("_router_logits", std::move(grads));
+    return once_differentiable("router_logits", std::move(grads), grad, saved);
   }
 };
 

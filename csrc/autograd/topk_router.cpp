@@ -15,8 +15,9 @@ void save_router(
   ctx->set_materialize_grads(false);
 }
 
-Tensor router_backward(AutogradContext* ctx, const Tensor& grad_weights, const Tensor& grad_probs) {
-  const auto saved = ctx->get_saved_variables();
+Tensor router_backward(
+    AutogradContext* ctx, const variable_list& saved, const Tensor& grad_weights,
+    const Tensor& grad_probs) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   static const auto op = find_op<Tensor(
       const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, c10::string_view,
@@ -48,8 +49,9 @@ class TopkRouter : public torch::autograd::Function<TopkRouter> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     variable_list grads(8);
     if (!grad[0].defined() && !grad[2].defined()) return grads;
-    grads[0] = router_backward(ctx, grad[0], grad[2]);
-    return once_differentiable("topk_router", std::move(grads));
+    const auto saved = ctx->get_saved_variables();
+    grads[0] = router_backward(ctx, saved, grad[0], grad[2]);
+    return once_differentiable("topk_router", std::move(grads), grad, saved);
   }
 };
 
@@ -70,8 +72,9 @@ class RouterWeights : public torch::autograd::Function<RouterWeights> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     variable_list grads(5);
     if (!grad[0].defined() && !grad[1].defined()) return grads;
-    grads[0] = router_backward(ctx, grad[0], grad[1]);
-    return once_differentiable("_router_weights", std::move(grads));
+    const auto saved = ctx->get_saved_variables();
+    grads[0] = router_backward(ctx, saved, grad[0], grad[1]);
+    return once_differentiable("router_weights", std::move(grads), grad, saved);
   }
 };
 

@@ -33,7 +33,7 @@ class Unpermute : public torch::autograd::Function<Unpermute> {
       std::tie(grads[0], grads[2]) =
           op.call(grad[0], saved[0], saved[1], topk_weights, {rows, weights});
     }
-    return once_differentiable("unpermute", std::move(grads));
+    return once_differentiable("unpermute", std::move(grads), grad, saved);
   }
 };
 

@@ -13,8 +13,8 @@ static MOE_HOST_DEVICE int64_t
 capacity_of(double factor, int64_t choices, int64_t tokens, int64_t E, int64_t least) {
   const double capacity = ceil(factor * static_cast<double>(choices) / static_cast<double>(E));
   if (!(capacity < static_cast<double>(tokens))) return tokens;  // NaN and infinity: no limit
-  const int64_t rounded = static_cast<int64_t>(capacity);
-  const int64_t bounded = rounded > least ? rounded : least;
+  const int64_t bounded =
+      capacity > static_cast<double>(least) ? static_cast<int64_t>(capacity) : least;
   return bounded < tokens ? bounded : tokens;
 }
 

@@ -2,12 +2,13 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <numeric>
 #include <vector>
 
 #include "cpu/operands.h"
+#include "cpu/plan.h"
+#include "cpu/register.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -23,11 +24,12 @@ int64_t num_blocks(int64_t T) { return (T + kTokensPerBlock - 1) / kTokensPerBlo
 // counts[e] += the number of ids that name e, over the unmasked tokens of [begin, end).
 template <class Id>
 void count_kernel(
-    const Id* ids, const bool* mask, int64_t begin, int64_t end, int64_t K, int64_t E,
-    int64_t* counts) {
+    const char* op, const Id* ids, const bool* mask, int64_t begin, int64_t end, int64_t K,
+    int64_t E, int64_t* counts) {
   for (int64_t t = begin; t < end; ++t) {
     if (mask && !mask[t]) continue;
     for (int64_t k = 0; k < K; ++k) {
+      check_id(op, "topk_ids", ids[t * K + k]);
       if (is_valid(ids[t * K + k], E)) ++counts[ids[t * K + k]];
     }
   }
@@ -69,16 +71,28 @@ double sum_entropies(const T* probs, int64_t E, const bool* mask, int64_t begin,
 
 // operators
 
+// out [] = sum / num_tokens, 0 without tokens. (Not fill_, which refuses a finite number that
+// overflows to infinity in float32; a loss scaler must see that infinity.)
+void write_mean(const at::Tensor& out, double sum, int64_t num_tokens) {
+  const double mean = num_tokens > 0 ? sum / static_cast<double>(num_tokens) : 0.0;
+  MOE_DISPATCH_COMPUTE(out.scalar_type(), "write_mean", [&] {
+    *out.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(mean);
+  });
+}
+
 std::vector<int64_t> count_experts(
-    const at::Tensor& topk_ids_, const bool* mask, int64_t begin, int64_t end, int64_t E) {
+    const char* op, const at::Tensor& topk_ids_, const bool* mask, int64_t begin, int64_t end,
+    int64_t E) {
   const at::Tensor topk_ids = topk_ids_.contiguous();
   std::vector<int64_t> counts(E, 0);
   if (topk_ids.scalar_type() == at::kLong) {
     count_kernel(
-        topk_ids.const_data_ptr<int64_t>(), mask, begin, end, topk_ids.size(1), E, counts.data());
+        op, topk_ids.const_data_ptr<int64_t>(), mask, begin, end, topk_ids.size(1), E,
+        counts.data());
   } else {
     count_kernel(
-        topk_ids.const_data_ptr<int32_t>(), mask, begin, end, topk_ids.size(1), E, counts.data());
+        op, topk_ids.const_data_ptr<int32_t>(), mask, begin, end, topk_ids.size(1), E,
+        counts.data());
   }
   return counts;
 }
@@ -111,7 +125,8 @@ std::tuple<at::Tensor, at::Tensor> load_balancing_loss_forward(
       const int64_t first = s * length, last = first + length;
       const auto num_tokens = static_cast<double>(unmasked[s]);
       const std::vector<int64_t> counts =
-          share.defined() ? std::vector<int64_t>() : count_experts(topk_ids, mask, first, last, E);
+          share.defined() ? std::vector<int64_t>()
+                          : count_experts("load_balancing_loss", topk_ids, mask, first, last, E);
       const double choices = num_tokens * (normalize_by_topk ? K : 1);
       const double share_scale = normalize_by_topk ? 1 : K;
       for (int64_t e = 0; e < E; ++e) {
@@ -179,8 +194,7 @@ at::Tensor router_z_loss(
     std::vector<char> scratch(kernels.scratch_bytes(E, 0));
     return kernels.z_loss(z, E, mask, begin, end, scratch.data());
   });
-  const int64_t num_tokens = count_unmasked(mask, T);
-  out.fill_(num_tokens > 0 ? sum / static_cast<double>(num_tokens) : 0.0);
+  write_mean(out, sum, count_unmasked(mask, T));
   return out;
 }
 
@@ -210,7 +224,7 @@ at::Tensor tokens_per_expert(const at::Tensor& topk_ids, int64_t num_experts) {
   check_tokens_per_expert(topk_ids, num_experts);
   const at::Tensor out = empty_tokens_per_expert(topk_ids, num_experts);
   const std::vector<int64_t> counts =
-      count_experts(topk_ids, nullptr, 0, topk_ids.size(0), num_experts);
+      count_experts("_tokens_per_expert", topk_ids, nullptr, 0, topk_ids.size(0), num_experts);
   std::copy(counts.begin(), counts.end(), out.mutable_data_ptr<int64_t>());
   return out;
 }
@@ -223,12 +237,11 @@ at::Tensor router_entropy(
   const at::Tensor mask_tensor = contiguous_in(token_mask, at::kBool);
   const bool* mask = data_or_null<bool>(mask_tensor);
   const at::Tensor out = empty_mean(router_probs);
-  const int64_t num_tokens = count_unmasked(mask, T);
   MOE_DISPATCH_COMPUTE(probs.scalar_type(), "router_entropy", [&] {
     const scalar_t* p = probs.const_data_ptr<scalar_t>();
     const double sum = sum_over_blocks(
         0, T, [&](int64_t begin, int64_t end) { return sum_entropies(p, E, mask, begin, end); });
-    out.fill_(num_tokens > 0 ? sum / static_cast<double>(num_tokens) : 0.0);
+    write_mean(out, sum, count_unmasked(mask, T));
   });
   return out;
 }
@@ -236,13 +249,13 @@ at::Tensor router_entropy(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("load_balancing_loss", load_balancing_loss);
-  m.impl("_load_balancing_loss_forward", load_balancing_loss_forward);
-  m.impl("_load_balancing_loss_backward", load_balancing_loss_backward);
-  m.impl("router_z_loss", router_z_loss);
-  m.impl("_router_z_loss_backward", router_z_loss_backward);
-  m.impl("_tokens_per_expert", tokens_per_expert);
-  m.impl("_router_entropy", router_entropy);
+  impl<load_balancing_loss>(m, "load_balancing_loss");
+  impl<load_balancing_loss_forward>(m, "_load_balancing_loss_forward");
+  impl<load_balancing_loss_backward>(m, "_load_balancing_loss_backward");
+  impl<router_z_loss>(m, "router_z_loss");
+  impl<router_z_loss_backward>(m, "_router_z_loss_backward");
+  impl<tokens_per_expert>(m, "_tokens_per_expert");
+  impl<router_entropy>(m, "_router_entropy");
 }
 
 }  // namespace moe_ext::cpu

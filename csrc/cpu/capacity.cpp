@@ -1,9 +1,10 @@
 #include "ops/capacity.h"
 
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include "common/token_rounding.h"
+#include "cpu/plan.h"
+#include "cpu/register.h"
 #include "cpu/select.h"
 
 namespace moe_ext::cpu {
@@ -42,7 +43,7 @@ at::Tensor apply_capacity(
     int64_t num_experts, int64_t min_capacity, c10::string_view drop_policy) {
   const bool by_weight = check_apply_capacity(
       topk_weights, topk_ids, capacity_factor, num_experts, min_capacity, drop_policy);
-  const at::Tensor ids_tensor = contiguous_in(topk_ids, at::kLong);
+  const at::Tensor ids_tensor = read_ids("_apply_capacity", topk_ids);
   const int64_t* ids = ids_tensor.const_data_ptr<int64_t>();
   const int64_t T = topk_ids.size(0), K = topk_ids.size(1), E = num_experts;
   const SlotsByExpert slots(ids, T * K, E);
@@ -65,6 +66,6 @@ at::Tensor apply_capacity(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("_apply_capacity", apply_capacity); }
+TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { impl<apply_capacity>(m, "_apply_capacity"); }
 
 }  // namespace moe_ext::cpu

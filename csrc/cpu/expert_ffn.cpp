@@ -1,7 +1,6 @@
 #include "cpu/expert_ffn.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
@@ -10,6 +9,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu/operands.h"
 #include "cpu/plan.h"
+#include "cpu/register.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -281,9 +281,8 @@ std::tuple<at::Tensor, at::Tensor> expert_ffn_forward_op(
       {},
       contiguous_in(row_weights, compute_dtype(rows_.scalar_type()))};
   const at::Tensor out = at::empty(rows_.sizes(), rows_.options());
-  const at::Tensor hidden =
-      save_hidden ? empty_hidden(rows_, rows_.size(0), gate_up_proj) : at::Tensor();
-  expert_ffn_forward(rows_, rows, experts, parsed, gated, out, hidden);
+  const at::Tensor hidden = empty_hidden(rows_, rows_.size(0), gate_up_proj, save_hidden);
+  expert_ffn_forward(rows_, rows, experts, parsed, gated, out, save_hidden ? hidden : at::Tensor());
   return {out, hidden};
 }
 
@@ -350,9 +349,9 @@ ExpertFfnGrads expert_ffn_backward_op(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("expert_ffn", expert_ffn);
-  m.impl("_expert_ffn_forward", expert_ffn_forward_op);
-  m.impl("_expert_ffn_backward", expert_ffn_backward_op);
+  impl<expert_ffn>(m, "expert_ffn");
+  impl<expert_ffn_forward_op>(m, "_expert_ffn_forward");
+  impl<expert_ffn_backward_op>(m, "_expert_ffn_backward");
 }
 
 }  // namespace moe_ext::cpu

@@ -1,11 +1,11 @@
 #include "ops/grouped_linear.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "cpu/grouped_gemm.h"
 #include "cpu/operands.h"
 #include "cpu/plan.h"
+#include "cpu/register.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -64,8 +64,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("_grouped_linear", grouped_linear);
-  m.impl("_grouped_linear_backward", grouped_linear_backward);
+  impl<grouped_linear>(m, "_grouped_linear");
+  impl<grouped_linear_backward>(m, "_grouped_linear_backward");
 }
 
 }  // namespace moe_ext::cpu

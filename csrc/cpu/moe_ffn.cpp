@@ -1,10 +1,10 @@
 #include "ops/moe_ffn.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "cpu/expert_ffn.h"
 #include "cpu/plan.h"
+#include "cpu/register.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -30,9 +30,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
       op, plan.row_map, pair_tokens, plan.expert_offsets, weights,
       compute_dtype(tokens.scalar_type()));
   const at::Tensor out = at::empty(tokens.sizes(), tokens.options());
-  const at::Tensor hidden =
-      save_hidden ? empty_hidden(tokens, plan.row_map.numel(), gate_up_proj) : at::Tensor();
-  expert_ffn_forward(tokens, rows, experts, parsed, gated, out, hidden);
+  const at::Tensor hidden = empty_hidden(tokens, plan.row_map.numel(), gate_up_proj, save_hidden);
+  expert_ffn_forward(
+      tokens, rows, experts, parsed, gated, out, save_hidden ? hidden : at::Tensor());
   return {out, hidden, plan.row_map, plan.expert_offsets};
 }
 
@@ -61,9 +61,9 @@ at::Tensor moe_ffn_pairs(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("moe_ffn", moe_ffn);
-  m.impl("_moe_ffn_pairs", moe_ffn_pairs);
-  m.impl("_moe_ffn_forward", moe_ffn_forward);
+  impl<moe_ffn>(m, "moe_ffn");
+  impl<moe_ffn_pairs>(m, "_moe_ffn_pairs");
+  impl<moe_ffn_forward>(m, "_moe_ffn_forward");
 }
 
 }  // namespace moe_ext::cpu

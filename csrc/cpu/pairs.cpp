@@ -1,8 +1,9 @@
 #include "ops/pairs.h"
 
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
+#include "cpu/plan.h"
+#include "cpu/register.h"
 #include "cpu/select.h"
 
 namespace moe_ext::cpu {
@@ -136,7 +137,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_tokens(
   const at::ScalarType dtype = compute_dtype(router_probs.scalar_type());
   const at::Tensor probs = contiguous_in(router_probs, dtype);
   const at::Tensor weights = contiguous_in(topk_weights, dtype);
-  const at::Tensor ids_tensor = contiguous_in(topk_ids, at::kLong);
+  const at::Tensor ids_tensor = read_ids("_round_tokens", topk_ids);
   const at::Tensor noise = contiguous_in(noise_, at::kDouble);
   const int64_t* ids = ids_tensor.const_data_ptr<int64_t>();
 
@@ -239,7 +240,8 @@ std::tuple<at::Tensor, at::Tensor> pair_weights_backward(
     const at::Tensor& grad_, const at::Tensor& topk_weights, const at::Tensor& pair_tokens,
     const at::Tensor& pair_experts, const std::optional<at::Tensor>& pair_slots,
     int64_t num_experts, double scaling_factor, std::array<bool, 2> output_mask) {
-  check_pair_weights_backward(grad_, topk_weights, pair_tokens, pair_experts, pair_slots);
+  check_pair_weights_backward(
+      grad_, topk_weights, pair_tokens, pair_experts, pair_slots, num_experts);
   const at::Tensor grad = grad_.contiguous();
   const at::Tensor tokens = pair_tokens.contiguous(), experts = pair_experts.contiguous();
   const at::Tensor slots = contiguous_in(pair_slots, at::kLong);
@@ -266,10 +268,10 @@ std::tuple<at::Tensor, at::Tensor> pair_weights_backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("_round_tokens", round_tokens);
-  m.impl("_expert_choice", expert_choice);
-  m.impl("_pair_weights", pair_weights);
-  m.impl("_pair_weights_backward", pair_weights_backward);
+  impl<round_tokens>(m, "_round_tokens");
+  impl<expert_choice>(m, "_expert_choice");
+  impl<pair_weights>(m, "_pair_weights");
+  impl<pair_weights_backward>(m, "_pair_weights_backward");
 }
 
 }  // namespace moe_ext::cpu

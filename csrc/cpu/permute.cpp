@@ -1,12 +1,12 @@
 #include "ops/permute.h"
 
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <cstring>
 
 #include "cpu/combine.h"
 #include "cpu/plan.h"
+#include "cpu/register.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -47,6 +47,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute(
 
 at::Tensor permute_backward(const at::Tensor& grad_permuted, const at::Tensor& row_map) {
   check_permute_backward(grad_permuted, row_map);
+  check_row_map("_permute_backward", row_map, grad_permuted.size(0));
   const at::Tensor grad_tokens = empty_unpermuted(grad_permuted, row_map);
   combine(grad_permuted, row_map, {}, grad_tokens);
   return grad_tokens;
@@ -55,8 +56,8 @@ at::Tensor permute_backward(const at::Tensor& grad_permuted, const at::Tensor& r
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("permute", permute);
-  m.impl("_permute_backward", permute_backward);
+  impl<permute>(m, "permute");
+  impl<permute_backward>(m, "_permute_backward");
 }
 
 }  // namespace moe_ext::cpu

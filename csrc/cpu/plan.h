@@ -15,6 +15,18 @@ struct Plan {
   at::Tensor expert_offsets;  // [E + 1] int32
 };
 
+inline void check_id(const char* op, const char* argument, int64_t id) {
+  TORCH_CHECK_INDEX(id >= -1, op, ": ", argument, " must be >= -1, got ", id);
+}
+
+// topk_ids as numbers, checked: -1 or more.
+inline at::Tensor read_ids(const char* op, const at::Tensor& topk_ids) {
+  const at::Tensor ids = contiguous_in(topk_ids, at::kLong);
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  for (int64_t slot = 0; slot < ids.numel(); ++slot) check_id(op, "topk_ids", id[slot]);
+  return ids;
+}
+
 // The slots in `order` (or as they come), grouped by expert.
 template <class Id>
 void plan_kernel(
@@ -22,7 +34,7 @@ void plan_kernel(
     int64_t num_experts, int32_t* row_map, int32_t* expert_offsets) {
   std::vector<int64_t> next(num_experts, 0);
   for (int64_t slot = 0; slot < num_slots; ++slot) {
-    TORCH_CHECK_INDEX(ids[slot] >= -1, op, ": ", argument, " must be >= -1, got ", ids[slot]);
+    check_id(op, argument, ids[slot]);
     if (is_valid(ids[slot], num_experts)) ++next[ids[slot]];
   }
   int64_t offset = 0;
@@ -52,8 +64,8 @@ inline std::vector<int32_t> order_by_token(const int64_t* tokens, int64_t P, int
 
 // The plan of topk_ids [T, K].
 inline Plan make_plan(const char* op, const at::Tensor& topk_ids_, int64_t num_experts) {
+  check_count(op, "topk_ids", "slots", topk_ids_.numel());
   const at::Tensor topk_ids = topk_ids_.contiguous();
-  check_slot_count(op, "topk_ids", topk_ids);
   const auto [row_map, expert_offsets] = empty_plan(topk_ids, num_experts);
   const Plan plan{row_map, expert_offsets};
   const auto run = [&](const auto* ids) {
@@ -71,6 +83,8 @@ inline Plan make_plan(const char* op, const at::Tensor& topk_ids_, int64_t num_e
 
 // pair_tokens [P] as numbers, checked: in [-1, T).
 inline at::Tensor read_pair_tokens(const char* op, const at::Tensor& pair_tokens_, int64_t T) {
+  check_count(op, "tokens", "tokens", T);
+  check_count(op, "pair_tokens", "pairs", pair_tokens_.numel());
   const at::Tensor pair_tokens = contiguous_in(pair_tokens_, at::kLong);
   const int64_t* tokens = pair_tokens.const_data_ptr<int64_t>();
   for (int64_t p = 0; p < pair_tokens.numel(); ++p) {
@@ -85,7 +99,6 @@ inline at::Tensor read_pair_tokens(const char* op, const at::Tensor& pair_tokens
 inline Plan make_pair_plan(
     const char* op, const at::Tensor& pair_experts, const at::Tensor& pair_tokens, int64_t T,
     int64_t num_experts) {
-  check_slot_count(op, "pair_experts", pair_experts);
   const at::Tensor experts = contiguous_in(pair_experts, at::kLong);
   const int64_t* expert = experts.const_data_ptr<int64_t>();
   const int64_t* token = pair_tokens.const_data_ptr<int64_t>();
@@ -104,6 +117,7 @@ inline Plan make_pair_plan(
 // expert_offsets as numbers, checked: ascending from 0, the last at most num_rows.
 inline std::vector<int64_t> read_offsets(
     const char* op, const at::Tensor& expert_offsets_, int64_t num_rows) {
+  check_count(op, "rows", "rows", num_rows);
   const at::Tensor expert_offsets = expert_offsets_.contiguous();
   const int32_t* data = expert_offsets.const_data_ptr<int32_t>();
   std::vector<int64_t> offsets(data, data + expert_offsets.numel());
@@ -115,11 +129,13 @@ inline std::vector<int64_t> read_offsets(
   return offsets;
 }
 
-// The slot (flat index into row_map) of every row; -1 where no slot has the row.
-inline std::vector<int32_t> invert_row_map(
-    const char* op, const at::Tensor& row_map_, int64_t num_rows) {
+// fn(slot, row) for every slot that has a row; row_map checked: -1 or a row, no row twice.
+template <class Fn>
+void for_slots(const char* op, const at::Tensor& row_map_, int64_t num_rows, const Fn& fn) {
+  check_count(op, "row_map", "slots", row_map_.numel());
+  check_count(op, "rows", "rows", num_rows);
   const at::Tensor row_map = row_map_.contiguous();
-  std::vector<int32_t> slot_of_row(num_rows, -1);
+  std::vector<bool> seen(num_rows, false);
   const int32_t* rows = row_map.const_data_ptr<int32_t>();
   for (int64_t slot = 0; slot < row_map.numel(); ++slot) {
     const int32_t row = rows[slot];
@@ -128,10 +144,21 @@ inline std::vector<int32_t> invert_row_map(
         row >= 0 && row < num_rows, op, ": row_map must be -1 or in [0, N=", num_rows, "), got ",
         row);
     TORCH_CHECK_INDEX(
-        slot_of_row[row] == -1, op, ": row_map must name a row once at most, got row ", row,
-        " twice");
-    slot_of_row[row] = static_cast<int32_t>(slot);
+        !seen[row], op, ": row_map must name a row once at most, got row ", row, " twice");
+    seen[row] = true;
+    fn(static_cast<int32_t>(slot), row);
   }
+}
+
+inline void check_row_map(const char* op, const at::Tensor& row_map, int64_t num_rows) {
+  for_slots(op, row_map, num_rows, [](int32_t, int32_t) {});
+}
+
+// The slot (flat index into row_map) of every row; -1 where no slot has the row.
+inline std::vector<int32_t> invert_row_map(
+    const char* op, const at::Tensor& row_map, int64_t num_rows) {
+  std::vector<int32_t> slot_of_row(num_rows, -1);
+  for_slots(op, row_map, num_rows, [&](int32_t slot, int32_t row) { slot_of_row[row] = slot; });
   return slot_of_row;
 }
 

@@ -1,9 +1,8 @@
 #include "ops/router_logits.h"
 
-#include <torch/library.h>
-
 #include "cpu/grouped_gemm.h"
 #include "cpu/operands.h"
+#include "cpu/register.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -66,8 +65,8 @@ std::tuple<at::Tensor, at::Tensor> router_logits_backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("_router_logits", router_logits);
-  m.impl("_router_logits_backward", router_logits_backward);
+  impl<router_logits>(m, "_router_logits");
+  impl<router_logits_backward>(m, "_router_logits_backward");
 }
 
 }  // namespace moe_ext::cpu

@@ -1,11 +1,12 @@
 #include "ops/topk_router.h"
 
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <vector>
 
 #include "cpu/operands.h"
+#include "cpu/plan.h"
+#include "cpu/register.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -63,7 +64,7 @@ std::tuple<at::Tensor, at::Tensor> router_weights(
   const ScoreFunction parsed = check_router_weights(router_logits, topk_ids, score_function);
   const at::ScalarType dtype = compute_dtype(router_logits.scalar_type());
   const at::Tensor logits = contiguous_in(router_logits, dtype);
-  const at::Tensor ids = contiguous_in(topk_ids, at::kLong);
+  const at::Tensor ids = read_ids("_router_weights", topk_ids);
   const auto outputs = empty_router_weights_outputs(router_logits, topk_ids);
   const auto& kernels = router_kernels_for(dtype);
   const auto args = router_args(logits, ids.size(1), parsed, renormalize, scaling_factor);
@@ -84,7 +85,7 @@ at::Tensor router_weights_backward(
       grad_weights_, grad_probs_, router_logits, topk_ids, score_function);
   const at::ScalarType dtype = compute_dtype(router_logits.scalar_type());
   const at::Tensor logits = contiguous_in(router_logits, dtype);
-  const at::Tensor ids = contiguous_in(topk_ids, at::kLong);
+  const at::Tensor ids = read_ids("_router_weights_backward", topk_ids);
   const at::Tensor grad_weights = contiguous_in(grad_weights_, dtype);
   const at::Tensor grad_probs = contiguous_in(grad_probs_, dtype);
   const at::Tensor grad_logits = empty_like_contiguous(logits);
@@ -103,9 +104,9 @@ at::Tensor router_weights_backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("topk_router", topk_router);
-  m.impl("_router_weights", router_weights);
-  m.impl("_router_weights_backward", router_weights_backward);
+  impl<topk_router>(m, "topk_router");
+  impl<router_weights>(m, "_router_weights");
+  impl<router_weights_backward>(m, "_router_weights_backward");
 }
 
 }  // namespace moe_ext::cpu

@@ -3,10 +3,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
 
 #include "cpu/combine.h"
 #include "cpu/plan.h"
+#include "cpu/register.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -17,7 +17,7 @@ at::Tensor unpermute(
     const at::Tensor& rows, const at::Tensor& row_map,
     const std::optional<at::Tensor>& topk_weights) {
   check_unpermute(rows, row_map, topk_weights);
-  invert_row_map("unpermute", row_map, rows.size(0));  // for its checks
+  check_row_map("unpermute", row_map, rows.size(0));
   const at::Tensor out = empty_unpermuted(rows, row_map);
   combine(rows, row_map, contiguous_in(topk_weights, compute_dtype(rows.scalar_type())), out);
   return out;
@@ -55,8 +55,8 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("unpermute", unpermute);
-  m.impl("_unpermute_backward", unpermute_backward);
+  impl<unpermute>(m, "unpermute");
+  impl<unpermute_backward>(m, "_unpermute_backward");
 }
 
 }  // namespace moe_ext::cpu

@@ -12,7 +12,7 @@ at::Tensor apply_capacity_op(
     int64_t num_experts, int64_t min_capacity, c10::string_view drop_policy) {
   const bool by_weight = check_apply_capacity(
       topk_weights, topk_ids, capacity_factor, num_experts, min_capacity, drop_policy);
-  check_slot_count("_apply_capacity", "topk_ids", topk_ids);
+  check_count("_apply_capacity", "topk_ids", "slots", topk_ids.numel());
   const c10::cuda::CUDAGuard device_guard(topk_ids.device());
   const at::Tensor ids = contiguous_in(topk_ids, at::kLong);
   const at::Tensor weights = contiguous_in(topk_weights, compute_dtype(topk_weights.scalar_type()));

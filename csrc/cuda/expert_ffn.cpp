@@ -47,7 +47,7 @@ std::tuple<at::Tensor, at::Tensor> expert_rows_forward(
       expert_rows(hidden, source.expert_offsets), activation, gated, hidden.const_data_ptr(),
       any_data_or_null(bias), I, activated.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  if (!save_hidden) hidden.reset();
+  if (!save_hidden) hidden = empty_hidden(tokens, 0, experts.gate_up_proj, false);
   return {grouped_product(activated, source.expert_offsets, experts.down_proj), hidden};
 }
 

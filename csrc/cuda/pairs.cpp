@@ -20,7 +20,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_tokens_op(
   const Rounding parsed = check_round_tokens(
       router_probs, topk_weights, topk_ids, tile_size, rounding, capacity_factor, min_capacity,
       noise_);
-  check_slot_count("_round_tokens", "topk_ids", topk_ids);
+  check_count("_round_tokens", "topk_ids", "slots", topk_ids.numel());
   const c10::cuda::CUDAGuard device_guard(router_probs.device());
   const at::ScalarType dtype = compute_dtype(router_probs.scalar_type());
   const at::Tensor probs = contiguous_in(router_probs, dtype);
@@ -89,7 +89,8 @@ std::tuple<at::Tensor, at::Tensor> pair_weights_backward_op(
     const at::Tensor& grad_, const at::Tensor& topk_weights, const at::Tensor& pair_tokens,
     const at::Tensor& pair_experts, const std::optional<at::Tensor>& pair_slots,
     int64_t num_experts, double scaling_factor, std::array<bool, 2> output_mask) {
-  check_pair_weights_backward(grad_, topk_weights, pair_tokens, pair_experts, pair_slots);
+  check_pair_weights_backward(
+      grad_, topk_weights, pair_tokens, pair_experts, pair_slots, num_experts);
   const c10::cuda::CUDAGuard device_guard(grad_.device());
   const at::Tensor grad = grad_.contiguous();
   const at::Tensor tokens = pair_tokens.contiguous(), experts = pair_experts.contiguous();

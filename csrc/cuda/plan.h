@@ -21,9 +21,9 @@ struct Plan {
 inline Plan make_plan(
     const char* op, const char* argument, const at::Tensor& ids_, int64_t num_experts,
     const at::Tensor& order = {}) {
+  check_count(op, argument, "slots", ids_.numel());
   const at::Tensor ids = ids_.contiguous();
   const int64_t N = ids.numel();
-  check_slot_count(op, argument, ids);
   const auto [row_map, expert_offsets] = empty_plan(ids, num_experts);
   const at::Tensor slot_of_row = at::empty({N}, row_map.options());
   const at::Tensor workspace = empty_workspace(plan_workspace(N, num_experts), ids);

@@ -67,9 +67,7 @@ std::tuple<at::Tensor, at::Tensor> expert_ffn_forward(
   check_expert_ffn(
       rows, expert_offsets, {gate_up_proj, down_proj, gate_up_bias, down_bias}, row_weights,
       activation, gated);
-  return {
-      empty_contiguous(rows),
-      save_hidden ? empty_hidden(rows, rows.sym_size(0), gate_up_proj) : at::Tensor()};
+  return {empty_contiguous(rows), empty_hidden(rows, rows.sym_size(0), gate_up_proj, save_hidden)};
 }
 
 at::Tensor expert_ffn(
@@ -94,9 +92,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
       activation, gated);
   const auto [row_map, expert_offsets] = empty_plan(ids, gate_up_proj.sym_size(0));
   return {
-      empty_contiguous(tokens),
-      save_hidden ? empty_hidden(tokens, ids.sym_numel(), gate_up_proj) : at::Tensor(), row_map,
-      expert_offsets};
+      empty_contiguous(tokens), empty_hidden(tokens, ids.sym_numel(), gate_up_proj, save_hidden),
+      row_map, expert_offsets};
 }
 
 at::Tensor moe_ffn(

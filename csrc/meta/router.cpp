@@ -134,7 +134,8 @@ std::tuple<at::Tensor, at::Tensor> pair_weights_backward(
     const at::Tensor& grad, const at::Tensor& topk_weights, const at::Tensor& pair_tokens,
     const at::Tensor& pair_experts, const std::optional<at::Tensor>& pair_slots,
     c10::SymInt num_experts, double, std::array<bool, 2> output_mask) {
-  check_pair_weights_backward(grad, topk_weights, pair_tokens, pair_experts, pair_slots);
+  check_pair_weights_backward(
+      grad, topk_weights, pair_tokens, pair_experts, pair_slots, num_experts);
   return empty_pair_weights_grads(topk_weights, num_experts, output_mask);
 }
 

@@ -38,6 +38,19 @@ inline void check_token_mask(
   check_device(op, "token_mask", *token_mask, like.device());
 }
 
+// T tokens are num_sequences >= 1 sequences of equal length.
+inline void check_sequences(
+    const char* op, const char* argument, const c10::SymInt& num_sequences, const c10::SymInt& T) {
+  TORCH_SYM_CHECK(
+      (T % num_sequences).sym_eq(0), op, ": ", argument, " must divide T=", T, ", got ",
+      num_sequences);
+  // Any number divides no tokens, but a loss keeps a row for each.
+  constexpr int64_t kMostEmpty = 1 << 20;
+  TORCH_SYM_CHECK(
+      num_sequences.sym_le(T.max(kMostEmpty)), op, ": ", argument,
+      " must be <= 2^20 where there are no tokens, got ", num_sequences);
+}
+
 inline void check_load_balancing_loss(
     const at::Tensor& router_probs, const at::Tensor& topk_ids,
     const std::optional<at::Tensor>& token_mask, const c10::SymInt& num_sequences,
@@ -52,9 +65,7 @@ inline void check_load_balancing_loss(
   check_device(op, "topk_ids", topk_ids, router_probs.device());
   check_token_mask(op, token_mask, router_probs);
   TORCH_CHECK_VALUE(num_sequences >= 1, op, ": num_sequences must be >= 1, got ", num_sequences);
-  TORCH_SYM_CHECK(
-      (router_probs.sym_size(0) % num_sequences).sym_eq(0), op,
-      ": num_sequences must divide T=", router_probs.sym_size(0), ", got ", num_sequences);
+  check_sequences(op, "num_sequences", num_sequences, router_probs.sym_size(0));
   if (expert_share) {
     check_float(op, "expert_share", *expert_share);
     check_shape(op, "expert_share", *expert_share, {{"E", router_probs.sym_size(1)}});
@@ -75,9 +86,13 @@ inline void check_load_balancing_loss_backward(
     const at::Tensor& grad_loss, const at::Tensor& grad_row, const at::Tensor& topk_ids,
     const std::optional<at::Tensor>& token_mask) {
   constexpr const char* op = "_load_balancing_loss_backward";
-  check_operand(op, "grad_loss", grad_loss, grad_row, {});
+  check_compute_float(op, "grad_row", grad_row);
   check_shape(op, "grad_row", grad_row, {{"S"}, {"E"}});
+  check_positive(op, "grad_row", "S", grad_row.sym_size(0));
+  check_operand(op, "grad_loss", grad_loss, "grad_row", grad_row, {});
+  check_ids_dtype(op, "topk_ids", topk_ids);
   check_shape(op, "topk_ids", topk_ids, {{"T"}, {"K"}});
+  check_sequences(op, "grad_row's S", grad_row.sym_size(0), topk_ids.sym_size(0));
   check_device(op, "topk_ids", topk_ids, grad_row.device());
   check_token_mask(op, token_mask, topk_ids);
 }
@@ -91,6 +106,7 @@ inline void check_router_entropy(
   constexpr const char* op = "_router_entropy";
   check_float(op, "router_probs", router_probs);
   check_shape(op, "router_probs", router_probs, {{"T"}, {"E"}});
+  check_positive(op, "router_probs", "E", router_probs.sym_size(1));
   check_token_mask(op, token_mask, router_probs);
 }
 
@@ -112,15 +128,17 @@ inline void check_router_z_loss_backward(
     const at::Tensor& grad_loss, const at::Tensor& router_logits,
     const std::optional<at::Tensor>& token_mask) {
   check_router_z_loss(router_logits, token_mask);
-  check_shape("_router_z_loss_backward", "grad_loss", grad_loss, {});
-  check_device("_router_z_loss_backward", "grad_loss", grad_loss, router_logits.device());
+  constexpr const char* op = "_router_z_loss_backward";
+  check_float(op, "grad_loss", grad_loss);
+  check_shape(op, "grad_loss", grad_loss, {});
+  check_device(op, "grad_loss", grad_loss, router_logits.device());
 }
 
 inline void check_tokens_per_expert(const at::Tensor& topk_ids, const c10::SymInt& num_experts) {
   constexpr const char* op = "_tokens_per_expert";
   check_ids_dtype(op, "topk_ids", topk_ids);
   check_shape(op, "topk_ids", topk_ids, {{"T"}, {"K"}});
-  TORCH_SYM_CHECK(num_experts.sym_gt(0), op, ": num_experts must be >= 1, got ", num_experts);
+  check_num_experts(op, "num_experts", num_experts);
 }
 
 inline at::Tensor empty_tokens_per_expert(

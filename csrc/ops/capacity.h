@@ -44,7 +44,7 @@ inline bool check_apply_capacity(
   constexpr const char* op = "_apply_capacity";
   check_slots(op, topk_weights, topk_ids);
   check_capacity_factor(op, capacity_factor, min_capacity, topk_ids);
-  TORCH_SYM_CHECK(num_experts.sym_gt(0), op, ": num_experts must be >= 1, got ", num_experts);
+  check_num_experts(op, "num_experts", num_experts);
   TORCH_CHECK_VALUE(
       drop_policy == "probs" || drop_policy == "position", op,
       ": drop_policy must be probs or position, got ", drop_policy);

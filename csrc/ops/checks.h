@@ -39,9 +39,15 @@ inline std::string shape_text(std::initializer_list<Dim> dims) {
   return text.str();
 }
 
+// None in place of a tensor arrives as an undefined one.
+inline void check_defined(const char* op, const char* argument, const at::Tensor& tensor) {
+  TORCH_CHECK(tensor.defined(), op, ": ", argument, " must be a tensor, got None");
+}
+
 inline void check_shape(
     const char* op, const char* argument, const at::Tensor& tensor,
     std::initializer_list<Dim> dims) {
+  check_defined(op, argument, tensor);
   TORCH_CHECK(
       tensor.dim() == static_cast<int64_t>(dims.size()), op, ": ", argument, " must be ",
       shape_text(dims), ", got ", tensor.sym_sizes());
@@ -63,23 +69,66 @@ inline void check_positive(
       size.sym_gt(0), op, ": ", argument, " must have ", letter, " >= 1, got ", letter, "=", size);
 }
 
+// As many experts as any count of ours is kept for: a plan has a number for each.
+constexpr int64_t kMostExperts = 1 << 20;
+
+inline void check_num_experts(
+    const char* op, const char* argument, const c10::SymInt& num_experts) {
+  TORCH_SYM_CHECK(num_experts.sym_gt(0), op, ": ", argument, " must be >= 1, got ", num_experts);
+  TORCH_SYM_CHECK(
+      num_experts.sym_le(kMostExperts), op, ": ", argument, " must be <= 2^20, got ", num_experts);
+}
+
+// Memory for all elements. A storage may be freed or shrunk behind its tensors
+// (`untyped_storage().resize_(0)`, as FSDP does), and an untyped pointer into it says nothing of
+// it. Part of every check of a dtype, since every argument has one of those.
+inline void check_memory(const char* op, const char* argument, const at::Tensor& tensor) {
+  TORCH_CHECK(
+      tensor.layout() == at::kStrided, op, ": ", argument, " must be a dense tensor, got ",
+      tensor.layout());
+  const c10::Storage& storage = tensor.storage();
+  if (storage.device_type() == at::kMeta || tensor.numel() == 0) return;
+  int64_t elements = tensor.storage_offset() + 1;
+  for (int64_t d = 0; d < tensor.dim(); ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
+  const int64_t bytes = elements * static_cast<int64_t>(tensor.itemsize());
+  TORCH_CHECK(
+      storage.data() != nullptr && bytes <= static_cast<int64_t>(storage.nbytes()), op, ": ",
+      argument, " must have its memory, ", bytes, " bytes, got a storage of ", storage.nbytes(),
+      " (it was freed or resized)");
+}
+
 inline void check_float(const char* op, const char* argument, const at::Tensor& tensor) {
+  check_defined(op, argument, tensor);
   TORCH_CHECK(
       is_supported_float(tensor.scalar_type()), op, ": ", argument,
       " must be float64, float32, bfloat16 or float16, got ", tensor.scalar_type());
+  check_memory(op, argument, tensor);
+}
+
+// What arithmetic runs in.
+inline void check_compute_float(const char* op, const char* argument, const at::Tensor& tensor) {
+  check_defined(op, argument, tensor);
+  TORCH_CHECK(
+      tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, op, ": ", argument,
+      " must be float32 or float64, got ", tensor.scalar_type());
+  check_memory(op, argument, tensor);
 }
 
 inline void check_dtype(
     const char* op, const char* argument, const at::Tensor& tensor, at::ScalarType dtype) {
+  check_defined(op, argument, tensor);
   TORCH_CHECK(
       tensor.scalar_type() == dtype, op, ": ", argument, " must be ", dtype, ", got ",
       tensor.scalar_type());
+  check_memory(op, argument, tensor);
 }
 
 inline void check_ids_dtype(const char* op, const char* argument, const at::Tensor& tensor) {
+  check_defined(op, argument, tensor);
   TORCH_CHECK(
       tensor.scalar_type() == at::kLong || tensor.scalar_type() == at::kInt, op, ": ", argument,
       " must be int64 or int32, got ", tensor.scalar_type());
+  check_memory(op, argument, tensor);
 }
 
 inline void check_device(
@@ -89,20 +138,24 @@ inline void check_device(
       tensor.device());
 }
 
-// Slots and rows are numbered by int32.
-inline void check_slot_count(const char* op, const char* argument, const at::Tensor& ids) {
+// Slots, rows and tokens are numbered by int32. To be checked before anything is copied.
+inline void check_count(const char* op, const char* argument, const char* counted, int64_t count) {
   TORCH_CHECK(
-      ids.numel() <= std::numeric_limits<int32_t>::max(), op, ": ", argument,
-      " must have fewer than 2^31 slots, got ", ids.numel());
+      count <= std::numeric_limits<int32_t>::max(), op, ": ", argument,
+      " must have fewer than 2^31 ", counted, ", got ", count);
 }
 
-// A tensor with tokens' dtype, on tokens' device, of the given shape.
+// A tensor with the dtype and on the device of `like`, the argument named so; of the given shape.
 inline void check_operand(
-    const char* op, const char* argument, const at::Tensor& tensor, const at::Tensor& tokens,
-    std::initializer_list<Dim> dims) {
+    const char* op, const char* argument, const at::Tensor& tensor, const char* like_name,
+    const at::Tensor& like, std::initializer_list<Dim> dims) {
   check_shape(op, argument, tensor, dims);
-  check_dtype(op, argument, tensor, tokens.scalar_type());
-  check_device(op, argument, tensor, tokens.device());
+  TORCH_CHECK(
+      tensor.scalar_type() == like.scalar_type(), op, ": ", argument, " must be ",
+      like.scalar_type(), " like ", like_name, ", got ", tensor.scalar_type(),
+      " (cast one of them with .to(), or use torch.autocast)");
+  check_memory(op, argument, tensor);
+  check_device(op, argument, tensor, like.device());
 }
 
 }  // namespace moe_ext

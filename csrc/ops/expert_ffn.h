@@ -9,7 +9,7 @@
 //   row_weights     [N]          float or none; multiply the finished row, bias included
 //   out             [N, H]       rows' dtype; rows at or past expert_offsets[E] are zeros
 //   hidden          [N, 2I]      rows' dtype: the pre-activation (on CUDA without gate_up_bias),
-//                                [N, I] if not gated; none unless asked for; rows at or past
+//                                [N, I] if not gated; no rows unless asked for; rows at or past
 //                                expert_offsets[E] are undefined
 #pragma once
 
@@ -31,15 +31,19 @@ struct ExpertWeights {
   std::optional<at::Tensor> down_bias;
 };
 
+// tokens: the argument named so.
 inline void check_expert_weights(
-    const char* op, const at::Tensor& tokens, const ExpertWeights& weights, bool gated) {
+    const char* op, const char* tokens_name, const at::Tensor& tokens, const ExpertWeights& weights,
+    bool gated) {
   const c10::SymInt H = tokens.sym_size(1);
   const char* width_letter = gated ? "2I" : "I";
   check_operand(
-      op, "gate_up_proj", weights.gate_up_proj, tokens, {{"E"}, {width_letter}, {"H", H}});
+      op, "gate_up_proj", weights.gate_up_proj, tokens_name, tokens,
+      {{"E"}, {width_letter}, {"H", H}});
   const c10::SymInt E = weights.gate_up_proj.sym_size(0);
   const c10::SymInt width = weights.gate_up_proj.sym_size(1);
   check_positive(op, "gate_up_proj", "E", E);
+  check_num_experts(op, "gate_up_proj's E", E);
   check_positive(op, "gate_up_proj", width_letter, width);
   check_positive(op, "gate_up_proj", "H", H);
   if (gated) {
@@ -48,14 +52,15 @@ inline void check_expert_weights(
         weights.gate_up_proj.sym_sizes());
   }
   check_operand(
-      op, "down_proj", weights.down_proj, tokens,
+      op, "down_proj", weights.down_proj, tokens_name, tokens,
       {{"E", E}, {"H", H}, {"I", gated ? width / 2 : width}});
   if (weights.gate_up_bias) {
     check_operand(
-        op, "gate_up_bias", *weights.gate_up_bias, tokens, {{"E", E}, {width_letter, width}});
+        op, "gate_up_bias", *weights.gate_up_bias, tokens_name, tokens,
+        {{"E", E}, {width_letter, width}});
   }
   if (weights.down_bias) {
-    check_operand(op, "down_bias", *weights.down_bias, tokens, {{"E", E}, {"H", H}});
+    check_operand(op, "down_bias", *weights.down_bias, tokens_name, tokens, {{"E", E}, {"H", H}});
   }
 }
 
@@ -72,7 +77,7 @@ inline Activation check_expert_ffn(
   constexpr const char* op = "expert_ffn";
   check_float(op, "rows", rows);
   check_shape(op, "rows", rows, {{"N"}, {"H"}});
-  check_expert_weights(op, rows, weights, gated);
+  check_expert_weights(op, "rows", rows, weights, gated);
   check_offsets(op, expert_offsets, weights.gate_up_proj.sym_size(0), rows.device());
   if (row_weights) {
     check_float(op, "row_weights", *row_weights);
@@ -82,9 +87,12 @@ inline Activation check_expert_ffn(
   return parse_activation(op, activation, gated);
 }
 
+// No rows unless they are to be saved.
 inline at::Tensor empty_hidden(
-    const at::Tensor& tokens, const c10::SymInt& num_rows, const at::Tensor& gate_up_proj) {
-  return at::empty_symint({num_rows, gate_up_proj.sym_size(1)}, tokens.options());
+    const at::Tensor& tokens, const c10::SymInt& num_rows, const at::Tensor& gate_up_proj,
+    bool save_hidden) {
+  return at::empty_symint(
+      {save_hidden ? num_rows : c10::SymInt(0), gate_up_proj.sym_size(1)}, tokens.options());
 }
 
 // Gradients of (tokens, weights, gate_up_proj, down_proj, gate_up_bias, down_bias).
@@ -108,8 +116,8 @@ inline Activation check_expert_ffn_backward(
   check_float(op, "tokens", tokens);
   check_shape(op, "tokens", tokens, {{"T"}, {"H"}});
   const c10::SymInt T = tokens.sym_size(0);
-  check_operand(op, "grad_out", grad_out, tokens, {{"T", T}, {"H", tokens.sym_size(1)}});
-  check_expert_weights(op, tokens, experts, gated);
+  check_operand(op, "grad_out", grad_out, "tokens", tokens, {{"T", T}, {"H", tokens.sym_size(1)}});
+  check_expert_weights(op, "tokens", tokens, experts, gated);
   check_offsets(op, expert_offsets, experts.gate_up_proj.sym_size(0), tokens.device());
   c10::SymInt num_rows = T;
   if (row_map) {
@@ -135,7 +143,7 @@ inline Activation check_expert_ffn_backward(
   }
   if (hidden) {
     check_operand(
-        op, "hidden", *hidden, tokens,
+        op, "hidden", *hidden, "tokens", tokens,
         {{"N", num_rows}, {gated ? "2I" : "I", experts.gate_up_proj.sym_size(1)}});
   }
   return parse_activation(op, activation, gated);

@@ -28,10 +28,14 @@ inline void check_grouped_linear(
   constexpr const char* op = "_grouped_linear";
   check_float(op, "rows", rows);
   check_shape(op, "rows", rows, {{"N"}, {"H"}});
-  check_operand(op, "weight", weight, rows, {{"E"}, {"O"}, {"H", rows.sym_size(1)}});
+  check_operand(op, "weight", weight, "rows", rows, {{"E"}, {"O"}, {"H", rows.sym_size(1)}});
+  check_num_experts(op, "weight's E", weight.sym_size(0));
+  check_positive(op, "weight", "O", weight.sym_size(1));
+  check_positive(op, "weight", "H", weight.sym_size(2));
   check_offsets(op, expert_offsets, weight.sym_size(0), rows.device());
   if (bias) {
-    check_operand(op, "bias", *bias, rows, {{"E", weight.sym_size(0)}, {"O", weight.sym_size(1)}});
+    check_operand(
+        op, "bias", *bias, "rows", rows, {{"E", weight.sym_size(0)}, {"O", weight.sym_size(1)}});
   }
 }
 
@@ -44,7 +48,7 @@ inline void check_grouped_linear_backward(
     const at::Tensor& weight) {
   check_grouped_linear(rows, expert_offsets, weight, std::nullopt);
   check_operand(
-      "_grouped_linear_backward", "grad_out", grad_out, rows,
+      "_grouped_linear_backward", "grad_out", grad_out, "rows", rows,
       {{"N", rows.sym_size(0)}, {"O", weight.sym_size(1)}});
 }
 

@@ -44,7 +44,7 @@ inline Activation check_moe_ffn(
     check_shape(op, ids_name, ids, {{"T", tokens.sym_size(0)}, {"K"}});
     check_shape(op, weights_name, weights, {{"T", tokens.sym_size(0)}, {"K", ids.sym_size(1)}});
   }
-  check_expert_weights(op, tokens, experts, gated);
+  check_expert_weights(op, "tokens", tokens, experts, gated);
   return parse_activation(op, activation, gated);
 }
 

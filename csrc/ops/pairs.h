@@ -55,6 +55,7 @@ inline void check_router_probs(const char* op, const at::Tensor& router_probs) {
   check_float(op, "router_probs", router_probs);
   check_shape(op, "router_probs", router_probs, {{"T"}, {"E"}});
   check_positive(op, "router_probs", "E", router_probs.sym_size(1));
+  check_num_experts(op, "router_probs' E", router_probs.sym_size(1));
 }
 
 inline Rounding check_round_tokens(
@@ -67,7 +68,10 @@ inline Rounding check_round_tokens(
   check_slots(op, topk_weights, topk_ids);
   check_shape(op, "topk_ids", topk_ids, {{"T", router_probs.sym_size(0)}, {"K"}});
   check_device(op, "topk_ids", topk_ids, router_probs.device());
-  TORCH_CHECK_VALUE(tile_size >= 1, op, ": tile_size must be >= 1, got ", tile_size);
+  constexpr int64_t kMostTile = 1 << 20;  // the pairs grow with it
+  TORCH_CHECK_VALUE(
+      tile_size >= 1 && tile_size <= kMostTile, op, ": tile_size must be in [1, 2^20], got ",
+      tile_size);
   if (capacity_factor) check_capacity_factor(op, *capacity_factor, min_capacity, topk_ids);
   const Rounding parsed = parse_rounding(op, rounding);
   TORCH_CHECK_VALUE(
@@ -102,7 +106,8 @@ inline void check_expert_choice(
   constexpr const char* op = "_expert_choice";
   check_router_probs(op, router_probs);
   check_token_mask(op, token_mask, router_probs);
-  TORCH_CHECK_VALUE(top_k >= 1, op, ": top_k must be >= 1, got ", top_k);
+  const c10::SymInt E = router_probs.sym_size(1);
+  TORCH_CHECK_VALUE(top_k >= 1 && top_k <= E, op, ": top_k must be in [1, E=", E, "], got ", top_k);
 }
 
 // How many of T tokens each of E experts takes.
@@ -139,11 +144,11 @@ inline void check_pair_weights(
     const c10::SymInt& num_experts) {
   constexpr const char* op = "_pair_weights";
   check_shape(op, "router_probs", router_probs, {{"T"}, {"E", num_experts}});
-  TORCH_CHECK(
-      router_probs.scalar_type() == compute_dtype(router_probs.scalar_type()), op,
-      ": router_probs must be float32 or float64, got ", router_probs.scalar_type());
+  check_num_experts(op, "num_experts", num_experts);
+  check_compute_float(op, "router_probs", router_probs);
   check_operand(
-      op, "topk_weights", topk_weights, router_probs, {{"T", router_probs.sym_size(0)}, {"K"}});
+      op, "topk_weights", topk_weights, "router_probs", router_probs,
+      {{"T", router_probs.sym_size(0)}, {"K"}});
   check_pairs(op, router_probs, pair_tokens, pair_experts, pair_slots);
 }
 
@@ -154,10 +159,14 @@ inline at::Tensor empty_pair_weights(
 
 inline void check_pair_weights_backward(
     const at::Tensor& grad, const at::Tensor& topk_weights, const at::Tensor& pair_tokens,
-    const at::Tensor& pair_experts, const std::optional<at::Tensor>& pair_slots) {
+    const at::Tensor& pair_experts, const std::optional<at::Tensor>& pair_slots,
+    const c10::SymInt& num_experts) {
   constexpr const char* op = "_pair_weights_backward";
-  check_operand(op, "grad", grad, topk_weights, {{"P", pair_tokens.sym_size(0)}});
+  check_compute_float(op, "topk_weights", topk_weights);
   check_shape(op, "topk_weights", topk_weights, {{"T"}, {"K"}});
+  check_shape(op, "pair_tokens", pair_tokens, {{"P"}});
+  check_operand(op, "grad", grad, "topk_weights", topk_weights, {{"P", pair_tokens.sym_size(0)}});
+  check_num_experts(op, "num_experts", num_experts);
   check_pairs(op, topk_weights, pair_tokens, pair_experts, pair_slots);
 }
 

@@ -27,7 +27,7 @@ inline void check_permute(
   check_ids_dtype(op, "topk_ids", topk_ids);
   check_shape(op, "topk_ids", topk_ids, {{"T", tokens.sym_size(0)}, {"K"}});
   check_device(op, "topk_ids", topk_ids, tokens.device());
-  TORCH_SYM_CHECK(num_experts.sym_gt(0), op, ": num_experts must be >= 1, got ", num_experts);
+  check_num_experts(op, "num_experts", num_experts);
 }
 
 // row_map and expert_offsets: where every slot goes.

@@ -27,6 +27,8 @@ inline void check_router_logits(const at::Tensor& tokens, const at::Tensor& weig
   check_shape(op, "tokens", tokens, {{"T"}, {"H"}});
   check_float(op, "weight", weight);
   check_shape(op, "weight", weight, {{"E"}, {"H", tokens.sym_size(1)}});
+  check_num_experts(op, "weight's E", weight.sym_size(0));
+  check_positive(op, "weight", "H", weight.sym_size(1));
   check_device(op, "weight", weight, tokens.device());
 }
 
@@ -40,6 +42,7 @@ inline void check_router_logits_backward(
     const at::Tensor& grad_logits, const at::Tensor& tokens, const at::Tensor& weight) {
   check_router_logits(tokens, weight);
   constexpr const char* op = "_router_logits_backward";
+  check_float(op, "grad_logits", grad_logits);
   check_shape(
       op, "grad_logits", grad_logits, {{"T", tokens.sym_size(0)}, {"E", weight.sym_size(0)}});
   check_device(op, "grad_logits", grad_logits, tokens.device());

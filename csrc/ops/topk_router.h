@@ -36,6 +36,7 @@ inline void check_logits(const char* op, const at::Tensor& router_logits) {
   check_float(op, "router_logits", router_logits);
   check_shape(op, "router_logits", router_logits, {{"T"}, {"E"}});
   check_positive(op, "router_logits", "E", router_logits.sym_size(1));
+  check_num_experts(op, "router_logits' E", router_logits.sym_size(1));
 }
 
 inline TopkRouterOptions check_topk_router(
@@ -104,10 +105,12 @@ inline ScoreFunction check_router_weights_backward(
   const ScoreFunction parsed = check_router_weights(router_logits, topk_ids, score_function);
   const c10::SymInt T = router_logits.sym_size(0);
   if (grad_weights) {
+    check_float(op, "grad_weights", *grad_weights);
     check_shape(op, "grad_weights", *grad_weights, {{"T", T}, {"K", topk_ids.sym_size(1)}});
     check_device(op, "grad_weights", *grad_weights, router_logits.device());
   }
   if (grad_probs) {
+    check_float(op, "grad_probs", *grad_probs);
     check_shape(op, "grad_probs", *grad_probs, {{"T", T}, {"E", router_logits.sym_size(1)}});
     check_device(op, "grad_probs", *grad_probs, router_logits.device());
   }

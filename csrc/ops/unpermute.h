@@ -37,7 +37,7 @@ inline void check_unpermute_backward(
     const std::optional<at::Tensor>& topk_weights) {
   check_unpermute(rows, row_map, topk_weights);
   check_operand(
-      "_unpermute_backward", "grad_out", grad_out, rows,
+      "_unpermute_backward", "grad_out", grad_out, "rows", rows,
       {{"T", row_map.sym_size(0)}, {"H", rows.sym_size(1)}});
 }
 

@@ -252,6 +252,7 @@ struct Experts {
     G::multiply_transposed(
         args.left, m, M, args.right, n, N, chunk.begin, chunk.end,
         {grad, args.N, args.stream && aligned}, scratch);
+    if (args.stream && aligned) finish_streams();
   }
 
   static void column_sum(const ColumnSumArgs& args, const RowChunk& chunk, int64_t col) {

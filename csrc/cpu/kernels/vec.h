@@ -336,6 +336,14 @@ MOE_INLINE void stream(S* p, Vec<T> x) {
 #endif
 }
 
+// After streaming, before anybody else reads what was streamed: such stores are not ordered with
+// those that tell of them.
+MOE_INLINE void finish_streams() {
+#if defined(MOE_AVX512)
+  _mm_sfence();
+#endif
+}
+
 // The first n of a vector's lanes, none if n < 0; the others read as zeros and stay as they are in
 // memory.
 #if defined(MOE_AVX512)

@@ -1,0 +1,55 @@
+"""How the modules check their options and warn: `who: argument must be ..., got ...`, and a warning
+at the user's own line."""
+
+import math
+import numbers
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+_NOT_THE_USERS = (
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).parent),
+    "<",  # what torch compiles
+)
+
+
+def warn(text: str) -> None:
+    """A UserWarning at the innermost line that is neither torch's nor this package's: that of the
+    user's that called a layer or stepped an optimizer."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
+def need(who: str, condition: bool, argument: str, must_be: str, got: object) -> None:
+    """Raises ValueError unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{who}: {argument} must be {must_be}, got {got!r}")
+
+
+def need_int(who: str, argument: str, got: object, least: int) -> None:
+    """Raises ValueError unless it is an integer, no smaller than `least`."""
+    is_int = isinstance(got, numbers.Integral) and not isinstance(got, bool)
+    need(who, is_int, argument, "an integer", got)
+    need(who, got >= least, argument, f">= {least}", got)
+
+
+def need_number(who: str, argument: str, got: object) -> None:
+    """Raises ValueError unless it is a finite number."""
+    is_number = isinstance(got, numbers.Real) and not isinstance(got, bool)
+    need(who, is_number and math.isfinite(got), argument, "a finite number", got)
+
+
+def need_bool(who: str, argument: str, got: object) -> None:
+    """Raises ValueError unless it is True or False."""
+    need(who, isinstance(got, bool), argument, "True or False", got)
+
+
+def need_choice(who: str, argument: str, got: object, *choices: str) -> None:
+    """Raises ValueError unless it is one of the names."""
+    names = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    need(who, isinstance(got, str) and got in choices, argument, names, got)
