@@ -7,6 +7,11 @@ MOST_HEAT_MAPS = 12
 MOST_COLUMNS = 400  # of a heat map: records of a long run, evenly taken
 
 
+def _layout(record: dict) -> list[tuple[str, int]]:
+    """The layers' names and numbers of experts."""
+    return [(layer["name"], len(layer["tokens_per_expert"])) for layer in record["layers"]]
+
+
 def _heat_map(axis, records: list[dict], index: int):
     """Load of every expert over the mean, logarithmic, so that half and twice look alike."""
     from matplotlib.colors import LogNorm
@@ -36,9 +41,11 @@ def _heat_map(axis, records: list[dict], index: int):
 
 
 def draw(records: list[dict], path: str | Path) -> None:
-    """Writes the picture of the records of one run. Raises ValueError if there are none."""
+    """Writes the picture of the records of one run, those with the layers of the last one. Raises
+    ValueError if there are none."""
     if not records:
         raise ValueError("Monitor.draw: there must be at least one record, got none")
+    records = [record for record in records if _layout(record) == _layout(records[-1])]
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the user
 

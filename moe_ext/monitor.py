@@ -17,13 +17,17 @@ import json
 import math
 import os
 import resource
+import sys
+import sysconfig
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,33 +36,70 @@ from torch import Tensor, nn
 from moe_ext.layers import MONITORED, MoE
 
 MOST_RECORDS = 1000  # in memory
+# The code of these is not the user's: what is installed, and this package wherever it lies.
+_NOT_THE_USERS = tuple(
+    str(folder) + os.sep
+    for folder in (
+        Path(__file__).parent,
+        Path(torch.__file__).parent,
+        *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    )
+)
+
+
+def _warn(text: str) -> None:
+    """Warns at the user's line that led here, whatever lies between: an optimizer's hooks, say."""
+    frame, level = sys._getframe(1), 2
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=2 if frame is None else level)
 
 
 class Watched(NamedTuple):
     """A module that adds to its attribute _monitor_totals (`layers.add_to_monitor`) if it has one,
-    the module with its experts' weights, and K."""
+    the module with its experts' weights, and K. Where the module does not know the entropy: its
+    router, if there is one, and what takes the router's output to the probabilities [T, E]."""
 
     module: nn.Module
     experts: nn.Module
     top_k: int
+    router: nn.Module | None = None
+    router_probs: Callable[[object], Tensor] | None = None
 
 
-def _watch_moe(module: nn.Module) -> Watched | None:
+def _watch_moe(module: nn.Module, above: Sequence[nn.Module]) -> Watched | None:
     return Watched(module, module.experts, module.top_k) if isinstance(module, MoE) else None
 
 
-# Each tells whether it knows a module; integrations add theirs.
-WATCHERS: list[Callable[[nn.Module], Watched | None]] = [_watch_moe]
+# Each tells whether it knows a module, given those above it, the nearest first; integrations add
+# theirs.
+WATCHERS: list[Callable[[nn.Module, Sequence[nn.Module]], Watched | None]] = [_watch_moe]
 
 
 def _find_watched(model: nn.Module) -> dict[str, Watched]:
     found = {}
     for name, module in model.named_modules():
+        parts = name.split(".") if name else []
+        above = [model.get_submodule(".".join(parts[:n])) for n in reversed(range(len(parts)))]
         for watcher in WATCHERS:
-            watched = watcher(module)
+            watched = watcher(module, above)
             if watched is not None:
                 found[name or "moe"] = watched
     return found
+
+
+def _add_entropy(
+    totals: Tensor, router_probs: Callable[[object], Tensor], router: nn.Module, _, output: object
+) -> None:
+    """A router's forward hook: adds to totals [2] the entropies of its tokens, each as a share of
+    log E, and their number."""
+    if not router.training:
+        return
+    probs = router_probs(output)
+    entropy = torch.ops.moe_ext._router_entropy.default(probs, None)
+    tokens = probs.new_full((), probs.shape[0])
+    share = entropy * tokens / math.log(max(probs.shape[1], 2))
+    torch.ops.moe_ext._add_once.default(totals, torch.stack([share, tokens]).to(totals))
 
 
 @dataclass
@@ -70,14 +111,14 @@ class CollapseGuard:
         min_load: an expert below this share of the mean load starves.
         min_entropy: the least entropy of the router's probabilities, as a share of log E.
         patience: so many records in a row must be beyond a bound.
-        warn: called with the text.
+        warn: called with the text; default: a UserWarning at the user's line.
     """
 
     max_load: float = 4.0
     min_load: float = 0.05
     min_entropy: float = 0.1
     patience: int = 10
-    warn: Callable[[str], None] = field(default=lambda text: warnings.warn(text, stacklevel=2))
+    warn: Callable[[str], None] = _warn
 
     def __post_init__(self) -> None:
         for name, holds, must_be in (
@@ -189,30 +230,41 @@ class Monitor:
             name, tokens_per_expert    [E], after drops and rounding
             max_over_mean, min_over_mean, idle_experts    of these
             dropped, drop_rate         slots dropped by capacity or rounding
-            entropy                    of the router's probabilities, as a share of log E
-            aux_loss                   coefficients applied, the mean of the forwards
-            (None in both where the layer does not know it, as in Hugging Face models)
+            entropy                    of the router's probabilities, as a share of log E; None
+                                       where they cannot be had (`integrations.transformers`)
+            aux_loss                   coefficients applied, the mean of the forwards; None where
+                                       the layer does not know it, as in Hugging Face models
 
     Only forwards in training mode count, each once, checkpointed and compiled ones too. Layers move
-    to their device before a monitor is made.
+    to their devices before a monitor is made. A file that can no longer be written (a full disk, a
+    deleted file) stops no training: the monitor warns once and goes on without it.
 
     Args:
         model: with at least one layer that can be watched.
         path: the file of JSON lines, overwritten; None: none.
         every: steps of a record.
-        optimizer: step() is called by itself after each of its steps.
+        optimizer: step() is called by itself after each of its steps. May be wrapped (accelerate's,
+            and others that keep the optimizer as `.optimizer`): the innermost one's steps count, so
+            none that accumulation or a GradScaler skipped.
         tensorboard: a folder for TensorBoard's files (needs the package tensorboard).
         flops_per_token: default: `active_flops_per_token`.
         peak_flops: of one rank; default: `measure_ceiling` in the dtype of the experts, 0.1 s.
         guard: sees every record; "default": `CollapseGuard()`; None: none.
         window: steps that the latencies are taken over.
         resume_at: the steps done before, by an earlier run that wrote to path: its records up to
-            there are kept, and the count goes on.
+            there are kept, and the count goes on; lines that are no records are left out, with one
+            warning.
         process_group: ranks whose counts are added up; all of them make a monitor, step it alike
-            and get the same counts; the first one writes and warns. None: this process's.
+            and get the same counts; the first one writes and warns. None: this process's; each rank
+            then writes its own.
+
+    No two ranks write to one file: rank 0 writes to path, to tensorboard and what `draw` is given,
+    rank R, where it writes, to `monitor.rankR.jsonl` beside `monitor.jsonl` and so on.
 
     Raises:
-        ValueError for options, or if the model has no such layer or another monitor watches it.
+        ValueError for options, or if the model has no such layer or another monitor watches it;
+        TypeError for an optimizer that is none; OSError if path cannot be written. Nothing is left
+        on the model then, and path is as it was.
     """
 
     def __init__(
@@ -239,41 +291,76 @@ class Monitor:
         for name, layer in self.layers.items():
             if getattr(layer.module, "_monitor_totals", None) is not None:
                 raise ValueError(f"Monitor: model must have one monitor, got a second for {name!r}")
-        first = next(iter(self.layers.values())).experts.down_proj
+        weights = [layer.experts.down_proj for layer in self.layers.values()]
+        # On meta are layers that wait for their weights: they come to a device or don't run.
+        devices = ["cpu" if weight.is_meta else weight.device for weight in weights]
         self.process_group = process_group
-        world, writes = 1, True
+        world, self._writes = 1, True
         if process_group is not None:
-            world, writes = process_group.size(), process_group.rank() == 0
+            world, self._writes = process_group.size(), process_group.rank() == 0
+        self._rank, ranks = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            self._rank, ranks = dist.get_rank(), dist.get_world_size()
         if flops_per_token is None:
             flops_per_token = active_flops_per_token(model)
         if peak_flops is None:
-            peak_flops = measure_ceiling(first.device, first.dtype)
+            peak_flops = measure_ceiling(devices[0], weights[0].dtype)
         self.every = every
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops * world
         self.guard = CollapseGuard() if guard == "default" else guard
-        if not writes:
+        if not self._writes:
             self.guard = None
         self.records: deque[dict] = deque(maxlen=MOST_RECORDS)
         self.step_count = resume_at or 0
-        self._device = first.device
-        self._file = self._writer = None
         self._seconds: deque[float] = deque(maxlen=window)
         self._since_record, self._steps_since_record = 0.0, 0
         self._pending: deque[tuple[dict, Tensor, torch.cuda.Event | None]] = deque()
-        if tensorboard is not None and writes:
-            self._writer = _open_tensorboard(tensorboard)
-        if path is not None and writes:
-            self._file = _open_log(Path(path), resume_at)
-        for layer in self.layers.values():
-            weight = layer.experts.down_proj
-            size = weight.shape[0] + len(MONITORED)
-            totals = torch.zeros(size, dtype=torch.float64, device=weight.device)
+        # Of the layers, then of the routers that are watched beside them.
+        self._totals = [
+            torch.zeros(weight.shape[0] + len(MONITORED), dtype=torch.float64, device=device)
+            for weight, device in zip(weights, devices, strict=True)
+        ]
+        self._routers: dict[str, Watched] = {}
+        for (name, layer), device in zip(self.layers.items(), devices, strict=True):
+            if layer.router is not None:
+                self._routers[name] = layer
+                self._totals.append(torch.zeros(2, dtype=torch.float64, device=device))
+        self._devices = {totals.device for totals in self._totals}
+        self._log: _Log | None = None
+        self._sinks: list[_Log | _TensorBoard] = []
+        self._hooks = []
+        files = path is not None or tensorboard is not None
+        if ranks > 1 and process_group is None and self._rank == 0 and files:
+            _warn(
+                f"moe_ext.monitor: there are {ranks} ranks and no process_group, so each watches "
+                "its own tokens and writes its own files (rank 1 to monitor.rank1.jsonl for "
+                "monitor.jsonl, say). With process_group=torch.distributed.group.WORLD counts are "
+                "added up and written once."
+            )
+        # What can fail comes before anything is on the model, the log, which is overwritten, last.
+        with ExitStack() as undo:
+            if optimizer is not None:
+                self._hooks.append(_hook_steps(optimizer, lambda *_: self.step()))
+                undo.callback(self._hooks[0].remove)
+            if tensorboard is not None and self._writes:
+                folder = Path(tensorboard)
+                self._sinks.append(
+                    _TensorBoard(folder / f"rank{self._rank}" if self._rank else folder)
+                )
+                undo.callback(self._sinks[0].close)
+            if path is not None and self._writes:
+                self._log = _Log(_of_rank(path, self._rank), resume_at)
+                self._sinks.append(self._log)
+            undo.pop_all()
+        for layer, totals in zip(self.layers.values(), self._totals, strict=False):
             layer.module._monitor_totals = totals
+        for layer, totals in zip(
+            self._routers.values(), self._totals[len(self.layers) :], strict=True
+        ):
+            hook = partial(_add_entropy, totals, layer.router_probs)
+            self._hooks.append(layer.router.register_forward_hook(hook))
         self._watching = True
-        self._hook = None
-        if optimizer is not None:
-            self._hook = optimizer.register_step_post_hook(lambda *_: self.step())
         self._started = time.perf_counter()
 
     def __enter__(self) -> "Monitor":
@@ -301,16 +388,17 @@ class Monitor:
         if not self._watching:
             return
         self._watching = False
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if self._steps_since_record:
             self._record()
         self._finish(wait=True)
         for layer in self.layers.values():
-            layer.module._monitor_totals = None
-        for sink in (self._file, self._writer):
-            if sink is not None:
-                sink.close()
+            if isinstance(layer.module, MoE):
+                layer.module._monitor_totals = None
+            else:
+                del layer.module._monitor_totals
+        self._to_sinks(lambda sink: sink.close())
 
     def summary(self) -> dict:
         """The last record without the experts' counts, for a report or a progress line; {} before
@@ -325,24 +413,34 @@ class Monitor:
 
     def draw(self, path: str | Path) -> None:
         """A picture of the whole run (without a file, of the records that are kept): every layer's
-        experts over time, and the curves of load, entropy, drops and speed. Needs matplotlib."""
+        experts over time, and the curves of load, entropy, drops and speed. Needs matplotlib. Lines
+        of the file that are no records are left out. A rank that does not write draws nothing."""
         from moe_ext._monitor_figure import MOST_COLUMNS, draw
 
         self._finish(wait=True)
-        if self._file is None:
-            lines = [json.dumps(record) for record in self.records]
+        if not self._writes:
+            return
+        lines = self._log.read() if self._log in self._sinks else None
+        if lines is None:
+            records, parse = list(self.records), lambda record: record
         else:
-            lines = Path(self._file.name).read_text().splitlines()
-        stride = max(1, -(-len(lines) // MOST_COLUMNS))
-        draw([json.loads(line) for line in lines[::-1][::stride][::-1]], path)
+            records, parse = lines, _parse_record
+        # One of every `stride`, the last among them.
+        records.reverse()
+        stride = max(1, -(-len(records) // MOST_COLUMNS))
+        parts = [records[i : i + stride] for i in range(0, len(records), stride)]
+        drawn = [next(filter(None, map(parse, part)), None) for part in reversed(parts)]
+        draw([record for record in drawn if record is not None], _of_rank(path, self._rank))
 
     # --- from the layers' totals to records ---
 
     def _record(self) -> None:
         """Takes the layers' totals; they become a record when they are on the host."""
-        each = [layer.module._monitor_totals for layer in self.layers.values()]
-        totals = torch.cat(each)
-        for layer_totals in each:
+        # Layers may be on several devices; what a process group can add up is on an accelerator.
+        devices = [totals.device for totals in self._totals]
+        device = next((device for device in devices if device.type != "cpu"), devices[0])
+        totals = torch.cat([totals.to(device) for totals in self._totals])
+        for layer_totals in self._totals:
             layer_totals.zero_()
         if self.process_group is not None:
             dist.all_reduce(totals, group=self.process_group)
@@ -352,7 +450,7 @@ class Monitor:
             totals = torch.empty_like(totals, device="cpu", pin_memory=True).copy_(
                 totals, non_blocking=True
             )
-            event.record()
+            event.record(torch.cuda.current_stream(device))
         ordered = sorted(self._seconds)
         times = {"mean": sum(ordered) / len(ordered)}
         times |= {f"p{q}": _percentile(ordered, q / 100) for q in (50, 95, 99)}
@@ -361,7 +459,7 @@ class Monitor:
             "steps": self._steps_since_record,
             "seconds": self._since_record,
             "step_ms": {name: round(1000 * value, 3) for name, value in times.items()},
-            "peak_memory_bytes": _peak_memory(self._device),
+            "peak_memory_bytes": _peak_memory(self._devices),
         }
         self._since_record, self._steps_since_record = 0.0, 0
         self._pending.append((record, totals, event))
@@ -380,42 +478,154 @@ class Monitor:
 
     def _complete(self, record: dict, totals: Tensor) -> None:
         layers, tokens = [], 0.0
-        sizes = [x.experts.down_proj.shape[0] + len(MONITORED) for x in self.layers.values()]
-        for name, part in zip(self.layers, totals.split(sizes), strict=True):
-            values = part.tolist()
+        sizes = [part.numel() for part in self._totals]
+        parts = [part.tolist() for part in totals.cpu().split(sizes)]
+        routers = dict(zip(self._routers, parts[len(self.layers) :], strict=True))
+        for name, values in zip(self.layers, parts, strict=False):
             counts = [int(count) for count in values[: -len(MONITORED)]]
             scalars = dict(zip(MONITORED, values[-len(MONITORED) :], strict=True))
             tokens = max(tokens, scalars["tokens"])
-            layers.append(_layer_record(name, counts, scalars))
+            layer = _layer_record(name, counts, scalars)
+            if name in routers:
+                entropies, routed = routers[name]
+                entropy = entropies / routed if routed else math.nan
+                layer["entropy"] = None if math.isnan(entropy) else entropy
+            layers.append(layer)
         record["tokens_per_second"] = tokens / max(record.pop("seconds"), 1e-9)
         flops = record["tokens_per_second"] * self.flops_per_token
         record["flops_utilization"] = flops / self.peak_flops
         record["layers"] = layers
         self.records.append(record)
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        if self._writer is not None:
-            _write_scalars(self._writer, record)
+        self._to_sinks(lambda sink: sink.write(record))
         if self.guard is not None:
             self.guard.check(record)
 
-
-def _open_log(path: Path, resume_at: int | None) -> TextIO:
-    """An empty file, or the one that is there with its records up to a step."""
-    if resume_at is None or not path.exists():
-        return open(path, "w")
-    partial = path.with_name(path.name + ".partial")
-    with open(path) as old, open(partial, "w") as new:
-        for line in old:
+    def _to_sinks(self, do: Callable[["_Log | _TensorBoard"], None]) -> None:
+        """A sink that fails is given up, whatever its library raises: it must stop no training."""
+        for sink in list(self._sinks):
             try:
-                step = json.loads(line)["step"]
-            except json.JSONDecodeError:  # cut off
-                break
-            if step <= resume_at:
-                new.write(line)
-    os.replace(partial, path)
-    return open(path, "a")
+                do(sink)
+            except Exception as error:
+                self._sinks.remove(sink)
+                _warn(
+                    f"moe_ext.monitor: {sink.path} cannot be written ({error!r}). The monitor goes "
+                    f"on without it; Monitor.records keeps the last {MOST_RECORDS} records."
+                )
+
+
+def _hook_steps(optimizer: object, hook: Callable):
+    """Registers a hook after the steps of an optimizer, or of the one that it wraps."""
+    inner = optimizer
+    while hasattr(inner, "param_groups"):
+        try:
+            return inner.register_step_post_hook(hook)
+        except (
+            AttributeError
+        ):  # a wrapper, without the method or without what Optimizer.__init__ sets
+            inner = getattr(inner, "optimizer", None)
+    raise TypeError(
+        "Monitor: optimizer must be a torch.optim.Optimizer, or a wrapper with one as .optimizer, "
+        f"got {type(optimizer).__name__}; without one, call Monitor.step() after each step"
+    )
+
+
+def _of_rank(path: str | Path, rank: int) -> Path:
+    """The path for a rank: rank 0's is the path itself."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path
+
+
+def _open_existing(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_CREAT)
+
+
+class _Log:
+    """A file of JSON lines: empty, or the one that is there with its records up to a step."""
+
+    def __init__(self, path: Path, resume_at: int | None) -> None:
+        self.path = path
+        if resume_at is None or not path.is_file():
+            open(path, "w").close()
+            return
+        partial, foreign = path.with_name(path.name + ".partial"), 0
+        try:
+            with open(path, "rb") as old, open(partial, "wb") as new:
+                for line in old:
+                    record = _parse_record(line)
+                    if record is None:
+                        foreign += 1
+                    elif record["step"] <= resume_at:
+                        new.write(line.rstrip() + b"\n")  # the last one may lack its end
+            if foreign:
+                _warn(f"moe_ext.monitor: {path} has lines that are no records: {foreign} left out.")
+            os.replace(partial, path)
+        except BaseException:  # a warning may be one
+            partial.unlink(missing_ok=True)
+            raise
+
+    def write(self, record: dict) -> None:
+        # Opened each time and not created again: a file that was deleted is an error, not a file
+        # that nobody finds.
+        with open(self.path, "a", opener=_open_existing) as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[bytes] | None:
+        """Its lines; None if they can't be read."""
+        try:
+            return self.path.read_bytes().splitlines()
+        except OSError:
+            return None
+
+    def close(self) -> None:
+        pass
+
+
+_NUMBER = (int, float)
+# What pictures read of a record.
+_RECORD = {
+    "step": int,
+    "steps": int,
+    "step_ms": {"p50": _NUMBER, "p95": _NUMBER, "p99": _NUMBER},
+    "tokens_per_second": _NUMBER,
+    "flops_utilization": _NUMBER,
+    "layers": [
+        {
+            "name": str,
+            "tokens_per_expert": [_NUMBER],
+            "max_over_mean": _NUMBER,
+            "min_over_mean": _NUMBER,
+            "dropped": _NUMBER,
+            "drop_rate": _NUMBER,
+            "entropy": (*_NUMBER, type(None)),
+        }
+    ],
+}
+
+
+def _matches(value: object, pattern: object) -> bool:
+    """Whether a JSON value has a pattern's keys and types; lists have at least one item."""
+    if isinstance(pattern, dict):
+        return isinstance(value, dict) and all(
+            key in value and _matches(value[key], pattern[key]) for key in pattern
+        )
+    if isinstance(pattern, list):
+        return (
+            isinstance(value, list)
+            and len(value) > 0
+            and all(_matches(x, pattern[0]) for x in value)
+        )
+    if not isinstance(value, pattern) or isinstance(value, bool):
+        return False
+    return not isinstance(value, _NUMBER) or abs(value) < 1e300  # neither NaN nor too large to draw
+
+
+def _parse_record(line: bytes) -> dict | None:
+    """The record of a line of JSON; None if it is something else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
+    return record if _matches(record, _RECORD) else None
 
 
 def _layer_record(name: str, counts: list[int], scalars: dict[str, float]) -> dict:
@@ -438,30 +648,36 @@ def _layer_record(name: str, counts: list[int], scalars: dict[str, float]) -> di
     }
 
 
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _peak_memory(devices: set[torch.device]) -> int:
+    on_gpus = [torch.cuda.max_memory_allocated(x) for x in devices if x.type == "cuda"]
+    return sum(on_gpus) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _open_tensorboard(folder: str | Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            f"moe_ext.monitor: tensorboard=... needs a package: pip install tensorboard ({error})"
-        ) from error
-    return SummaryWriter(folder)
+class _TensorBoard:
+    """A folder for TensorBoard."""
 
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "moe_ext.monitor: tensorboard=... needs a package: pip install tensorboard "
+                f"({error})"
+            ) from error
+        self.path = folder
+        self._writer = SummaryWriter(folder)
 
-def _write_scalars(writer, record: dict) -> None:
-    """The record's numbers; of the experts' counts only what the layers sum up."""
-    step = record["step"]
-    for name in ("tokens_per_second", "peak_memory_bytes", "flops_utilization"):
-        writer.add_scalar(f"moe/{name}", record[name], step)
-    for name, value in record["step_ms"].items():
-        writer.add_scalar(f"moe/step_ms/{name}", value, step)
-    for layer in record["layers"]:
-        for name, value in layer.items():
-            if isinstance(value, (int, float)):
-                writer.add_scalar(f"moe/{layer['name']}/{name}", value, step)
+    def write(self, record: dict) -> None:
+        """The record's numbers; of the experts' counts only what the layers sum up."""
+        step = record["step"]
+        for name in ("tokens_per_second", "peak_memory_bytes", "flops_utilization"):
+            self._writer.add_scalar(f"moe/{name}", record[name], step)
+        for name, value in record["step_ms"].items():
+            self._writer.add_scalar(f"moe/step_ms/{name}", value, step)
+        for layer in record["layers"]:
+            for name, value in layer.items():
+                if isinstance(value, (int, float)):
+                    self._writer.add_scalar(f"moe/{layer['name']}/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()

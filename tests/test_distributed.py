@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,47 @@ def monitored(rank: int, folder: str) -> None:
     assert [json.loads(line) for line in path.read_text().splitlines()] == [record] or rank > 0
 
 
+def monitored_without_a_group(rank: int, folder: str) -> None:
+    """Each rank its own tokens, in files of its own, and one of them says so."""
+    layer = balanced_layer()
+    path = Path(folder).with_suffix(".jsonl")
+    options = {"path": path, "every": 1, "peak_flops": 1e12, "guard": None}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor = Monitor(layer, tensorboard=Path(folder) / "tb", **options)
+    assert len(caught) == (rank == 0)
+    for warning in caught:
+        assert "there are 2 ranks and no process_group" in str(warning.message)
+        assert warning.filename == __file__
+    for step in range(200):
+        layer(make_tokens(rank, step), return_aux_loss=True)
+        monitor.step(1.0)
+    monitor.close()
+    pytest.importorskip("matplotlib")
+    monitor.draw(Path(folder).with_suffix(".png"))
+    dist.barrier()
+    own = path if rank == 0 else path.with_name("checkpoint.rank1.jsonl")
+    assert [json.loads(line) for line in own.read_text().splitlines()] == list(monitor.records)
+    assert own.with_suffix(".png").stat().st_size > 10_000
+    events = Path(folder) / "tb" / ("" if rank == 0 else "rank1")
+    assert len(list(events.glob("events*"))) == 1
+    dist.barrier()
+    # A run goes on in its own file.
+    with Monitor(layer, resume_at=150, **options) as monitor:
+        layer(make_tokens(rank, 0), return_aux_loss=True)
+        monitor.step(1.0)
+    steps = [json.loads(line)["step"] for line in own.read_text().splitlines()]
+    assert steps == list(range(1, 152))
+    # Groups of one rank each, pipeline stages say, do not meet in one file either.
+    groups = [dist.new_group([r]) for r in range(WORLD)]
+    path.unlink(missing_ok=True)
+    dist.barrier()
+    with Monitor(layer, process_group=groups[rank], **options) as monitor:
+        layer(make_tokens(rank, 0), return_aux_loss=True)
+        monitor.step(1.0)
+    assert [json.loads(line) for line in own.read_text().splitlines()] == list(monitor.records)
+
+
 def run_rank(rank: int, store: str, job, arguments) -> None:
     torch.set_num_threads(1)
     # A store in a file has no thread that could outlive the process group.
@@ -215,7 +257,12 @@ def run_rank(rank: int, store: str, job, arguments) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("job", [ddp, fsdp, bias, aux_loss_over_all_ranks, monitored])
+WITH_FILES = (fsdp, monitored, monitored_without_a_group)
+
+
+@pytest.mark.parametrize(
+    "job", [ddp, fsdp, bias, aux_loss_over_all_ranks, monitored, monitored_without_a_group]
+)
 def test_equals_one_process(job, tmp_path):
-    arguments = (str(tmp_path / "checkpoint"),) if job in (fsdp, monitored) else ()
+    arguments = (str(tmp_path / "checkpoint"),) if job in WITH_FILES else ()
     mp.spawn(run_rank, (str(tmp_path / "store"), job, arguments), nprocs=WORLD)

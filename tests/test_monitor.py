@@ -2,11 +2,16 @@
 
 import json
 import math
+import os
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import moe_ext
@@ -158,6 +163,272 @@ def test_optimizer_hook_and_close(tmp_path):
     optimizer.step()
     assert len(monitor.records) == 2 and monitor.step_count == 6
     watch(model).close()  # another one may follow
+
+
+class Accelerated(torch.optim.Optimizer):
+    """Wraps an optimizer as accelerate does, without torch's __init__; every second step waits."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.calls = 0
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self, closure=None):
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.optimizer.step(closure)
+
+
+class Foreign:
+    """Wraps an optimizer as DeepSpeed does: it is no torch.optim.Optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [Accelerated, Foreign, lambda optimizer: Accelerated(Foreign(optimizer))],
+    ids=["accelerated", "foreign", "both"],
+)
+def test_wrapped_optimizer(wrap):
+    """The steps of the optimizer inside count."""
+    model = make_model(1)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = wrap(inner)
+    taken = []
+    inner.register_step_post_hook(lambda *_: taken.append(1))
+    with watch(model, optimizer=optimizer) as monitor:
+        for _ in range(6):
+            train_step(model, torch.randn(10, H))
+            optimizer.step()
+        assert monitor.step_count == len(taken) == (6 if wrap is Foreign else 3)
+    optimizer.step()
+    optimizer.step()
+    assert monitor.step_count < len(taken)
+
+
+def test_accelerate(device):
+    """Accumulation's and a GradScaler's skipped steps are none."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=device == "cpu", gradient_accumulation_steps=2)
+    model = make_model(1)
+    scaler = torch.amp.GradScaler(device, init_scale=8.0)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(inner, scaler=scaler)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(inner)
+    with watch(model, optimizer=optimizer) as monitor:
+        counts = []
+        for step in range(6):
+            with accelerator.accumulate(model):
+                loss = model(torch.randn(10, H)).square().mean() + moe_ext.total_aux_loss(model)
+                scaler.scale(loss * (math.inf if step == 3 else 1)).backward()
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            counts.append(monitor.step_count)
+    assert counts == [0, 1, 1, 1, 1, 2]
+
+
+def test_no_optimizer():
+    model = make_model(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for wrong, name in (
+        (model, "Sequential"),
+        (torch.optim.lr_scheduler.ConstantLR(optimizer), "ConstantLR"),
+        (Foreign(Foreign(type("Own", (), {"param_groups": []}))), "Foreign"),
+    ):
+        with pytest.raises(TypeError, match=f"Monitor: optimizer must be a .*got {name}; without"):
+            watch(model, optimizer=wrong)
+
+
+@pytest.mark.parametrize("failure", ["optimizer", "tensorboard", "path", "ceiling", "warning"])
+def test_a_failed_constructor_leaves_nothing(failure, tmp_path, monkeypatch):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    path = tmp_path / "m.jsonl"
+    path.write_text("an earlier run\n")
+    options = {"path": path, "optimizer": optimizer, "peak_flops": 1e12}
+    if failure == "optimizer":
+        options["optimizer"] = model
+    elif failure == "tensorboard":
+        pytest.importorskip("tensorboard")
+        options["tensorboard"] = path  # a file
+    elif failure == "path":
+        options["path"] = tmp_path / "no_such_folder" / "m.jsonl"
+        options["tensorboard"] = tmp_path / "tb"
+        pytest.importorskip("tensorboard")
+    elif failure == "ceiling":
+        options["peak_flops"] = None
+        monkeypatch.setattr(moe_ext.monitor, "measure_ceiling", lambda *_: 1 / 0)
+    elif failure == "warning":
+        options["resume_at"] = 3
+    with warnings.catch_warnings(), pytest.raises(Exception):  # noqa: B017 (each its own)
+        warnings.simplefilter("error")
+        Monitor(model, **options)
+    assert path.read_text() == "an earlier run\n" and not list(tmp_path.glob("*.partial"))
+    assert not optimizer._optimizer_step_post_hooks
+    assert all(layer._monitor_totals is None for layer in model)
+    opened = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert not [name for name in opened if name.startswith(str(tmp_path))]
+    watch(model).close()
+
+
+def run_steps(monitor, model, steps):
+    for _ in range(steps):
+        train_step(model, torch.randn(10, H))
+        monitor.step()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+@pytest.mark.parametrize("how", ["full", "deleted", "tensorboard"])
+def test_goes_on_without_its_files(how, tmp_path):
+    """One warning, at the user's line; what is in memory stays."""
+    model = make_model()
+    path = Path("/dev/full") if how == "full" else tmp_path / "m.jsonl"
+    folder = tmp_path / "tb" if how == "tensorboard" else None
+    if folder:
+        pytest.importorskip("tensorboard")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor = watch(model, path, every=1, tensorboard=folder)
+        if how == "full":
+            run_steps(monitor, model, 1)
+        if how == "deleted":
+            path.unlink()
+        if folder:
+            shutil.rmtree(folder)
+        run_steps(monitor, model, 3)
+        monitor.close()
+    (warning,) = (w for w in caught if "moe_ext.monitor" in str(w.message))
+    lost = folder or path
+    assert f"{lost} cannot be written" in str(warning.message) and warning.filename == __file__
+    assert len(monitor.records) == (4 if how == "full" else 3)
+    assert how != "deleted" or not path.exists()
+    assert how != "tensorboard" or len(path.read_text().splitlines()) == 3
+    pytest.importorskip("matplotlib")
+    monitor.draw(tmp_path / "m.png")
+    assert (tmp_path / "m.png").stat().st_size > 10_000
+
+
+def test_foreign_lines(tmp_path):
+    """They are left out and counted, and nothing after them is lost; pictures leave them out."""
+    path, model = tmp_path / "m.jsonl", make_model()
+    with watch(model, path, every=1) as monitor:
+        run_steps(monitor, model, 4)
+    good = path.read_bytes().splitlines()
+    text = json.dumps(monitor.records[0])
+    foreign = [
+        b'{"step": 2, "cut o',
+        b"no JSON",
+        b"",
+        b"\xff\xfe\x00\x80garbage",
+        b"[" * 100_000,
+        b"[1, 2]",
+        b"null",
+        b'{"steps": 1}',
+        b'{"step": "2"}',
+        b'{"step": 2}',
+        text.replace('"step": 1', '"step": null').encode(),
+        text.replace('"name": "0"', '"name": 7').encode(),
+        text.replace('"tokens_per_expert": [', '"tokens_per_expert": [1e999, ').encode(),
+        json.dumps({**monitor.records[0], "layers": []}).encode(),
+    ]
+    path.write_bytes(b"\n".join([good[0], *foreign, *good[1:]]))  # the last has no end of line
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor = watch(model, path, every=1, resume_at=4)
+    (warning,) = (w for w in caught if "moe_ext.monitor" in str(w.message))
+    assert f"{path} has lines that are no records: {len(foreign)} left out" in str(warning.message)
+    assert warning.filename == __file__
+    run_steps(monitor, model, 1)
+    assert path.read_bytes().splitlines()[:4] == good
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+    pytest.importorskip("matplotlib")
+    monitor.draw(tmp_path / "before.png")
+    lines = path.read_bytes().splitlines()
+    other = json.dumps({**monitor.records[0], "layers": monitor.records[0]["layers"][:1]})
+    path.write_bytes(b"\n".join([other.encode(), *lines[:2], *foreign, *lines[2:], foreign[0]]))
+    monitor.draw(tmp_path / "after.png")
+    assert (tmp_path / "before.png").read_bytes() == (tmp_path / "after.png").read_bytes()
+
+
+def test_layer_on_meta():
+    """One layer's weights are still to come, or are elsewhere: the others are watched."""
+    model = make_model()
+    model[1].to("meta")
+    with watch(model, every=1, peak_flops=None) as monitor:
+        model[0](torch.randn(40, H), return_aux_loss=True)
+        monitor.step(1.0)
+    first, second = monitor.records[0]["layers"]
+    assert sum(first["tokens_per_expert"]) == 40 * K and not any(second["tokens_per_expert"])
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on a device that there is not, with its values on the CPU."""
+
+    @staticmethod
+    def __new__(cls, values):
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, dtype=values.dtype, device="ipu:0"
+        )
+        tensor.values = values
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return TwoDevices().__torch_dispatch__(func, types, args, kwargs)
+
+
+class TwoDevices(TorchDispatchMode):
+    """The CPU and another device, which take no tensors of each other."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        away = [isinstance(x, Elsewhere) for x in tensors]
+        goes = func is torch.ops.aten._to_copy.default and kwargs.get("device") is not None
+        if any(away) and not all(away):
+            raise RuntimeError(f"{func}: all tensors must be on the same device")
+        to_away = torch.device(kwargs.pop("device")).type != "cpu" if goes else any(away)
+        args, kwargs = tree_map(
+            lambda x: x.values if isinstance(x, Elsewhere) else x, (args, kwargs)
+        )
+        out = func(*args, **kwargs)
+        if not to_away or not goes and not any(away):
+            return out
+        return tree_map(lambda x: Elsewhere(x) if isinstance(x, torch.Tensor) else x, out)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_layers_on_two_devices(first, device):
+    """Their totals come together, whichever is the first."""
+    model = make_model()
+    x = torch.randn(40, H)
+    if device == "cuda":
+        model[1 - first].to("cpu")
+        with watch(model, every=1) as monitor:
+            for layer in model:
+                layer(x.to(layer.router.weight.device), return_aux_loss=True)
+            monitor.step(1.0)
+    else:
+        with watch(model, every=1) as monitor:
+            for layer in model:
+                layer(x, return_aux_loss=True)
+            away = Elsewhere(model[first]._monitor_totals)
+            monitor._totals[first] = model[first]._monitor_totals = away
+            with TwoDevices():
+                monitor.step(1.0)
+        assert not away.values.any()
+    for layer, watched in zip(model, monitor.records[0]["layers"], strict=True):
+        assert watched["tokens_per_expert"] == layer.last_stats.tokens_per_expert.tolist()
 
 
 def test_resume(tmp_path):
@@ -318,6 +589,35 @@ class TestGuard:
             warnings.simplefilter("error")
             train_step(make_model(1), torch.randn(20, H))
             monitor.step()
+
+    @pytest.mark.parametrize("how", ["step", "optimizer", "check"])
+    def test_warns_at_the_users_line(self, how):
+        model = make_model(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.optim.lr_scheduler.ConstantLR(optimizer)  # wraps optimizer.step
+        guard = CollapseGuard(patience=1, max_load=1.0)
+        watched = optimizer if how == "optimizer" else None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with watch(model, every=1, guard=guard, optimizer=watched) as monitor:
+                train_step(model, torch.randn(20, H))
+                if how == "step":
+                    monitor.step()
+                elif how == "optimizer":
+                    optimizer.step()
+                else:
+                    guard.check(self.record([40, 30, 30, 30]))
+        (warning,) = (w for w in caught if "the busiest expert" in str(w.message))
+        line = Path(__file__).read_text().splitlines()[warning.lineno - 1].strip()
+        assert warning.filename == __file__
+        assert (
+            line
+            == {
+                "step": "monitor.step()",
+                "optimizer": "optimizer.step()",
+                "check": "guard.check(self.record([40, 30, 30, 30]))",
+            }[how]
+        )
 
     @pytest.mark.parametrize(
         "options,message",

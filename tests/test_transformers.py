@@ -1,5 +1,8 @@
 """Hugging Face models with experts_implementation="moe_ext" against their own eager experts."""
 
+import copy
+import math
+
 import pytest
 import torch
 from conftest import relative_error
@@ -9,7 +12,14 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.integrations.moe import use_experts_implementation  # noqa: E402
 
+import moe_ext  # noqa: E402
 import moe_ext.integrations.transformers as integration  # noqa: E402
+from moe_ext.monitor import Monitor, active_flops_per_token  # noqa: E402
+
+try:
+    from transformers.utils.output_capturing import OutputRecorder
+except ImportError:  # transformers 5.0
+    from transformers.utils.generic import OutputRecorder
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -360,11 +370,188 @@ def test_names():
         model.set_experts_implementation("no_such_thing")
 
 
+def entropy_share(probs) -> float:
+    """The mean over tokens of -sum p log p, as a share of log E."""
+    probs = probs.detach().double()
+    return (-(probs * probs.log()).sum(-1).mean() / math.log(probs.shape[-1])).item()
+
+
+def routers_of(model) -> list[nn.Module]:
+    return [m for m in model.modules() if type(m).__name__.endswith(("TopKRouter", "TopkRouter"))]
+
+
+def everything_on(model) -> list:
+    return [
+        (sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()
+    ]
+
+
+HOWS = ["reentrant", "non-reentrant", "compiled", "autocast"]
+
+
+@pytest.mark.parametrize(
+    "name,how", [*((name, "plain") for name in MODELS), *(("mixtral", how) for how in HOWS)]
+)
+def test_monitors_entropy(name, how, device):
+    """By hand from the routers' weights and inputs; once, in training only, and nothing stays."""
+    model = make_model(name, "moe_ext").train()
+    if "reentrant" in how:
+        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+        model.enable_input_require_grads()  # else the reentrant one has no backward
+    ids = torch.randint(3, 60, (2, 9))
+    inputs = []
+    hooks = [
+        r.register_forward_hook(lambda _, x, y: inputs.append(x[0])) for r in routers_of(model)
+    ]
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=how == "autocast"):
+        model(ids, use_cache=False)
+    [hook.remove() for hook in hooks]
+    expected = []
+    for router, x in zip(routers_of(model), inputs, strict=True):
+        x, weight = x.detach().reshape(18, -1), router.weight.detach()
+        if how == "autocast":
+            x, weight = x.bfloat16(), weight.bfloat16()
+        logits = nn.functional.linear(x, weight).float() + getattr(router, "bias", 0)
+        probs = logits.softmax(-1)
+        if name in ("deepseek_v3", "nemotron_h"):
+            probs = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+        expected.append(entropy_share(probs))
+
+    def forward(ids):
+        return model(ids, use_cache=False).logits
+
+    if how == "compiled":  # before the monitor comes
+        forward = torch.compile(forward, fullgraph=True, backend="aot_eager")
+        forward(ids).sum().backward()
+    before = everything_on(model)
+    with Monitor(model, every=1, peak_flops=1e12, guard=None) as monitor:
+        with torch.autocast(device, torch.bfloat16, enabled=how == "autocast"):
+            for _ in range(2):
+                forward(ids).sum().backward()
+            with torch.no_grad():
+                model.eval()(ids)
+        monitor.step(1.0)
+        model.train()
+    assert [x["entropy"] for x in monitor.records[0]["layers"]] == pytest.approx(expected, rel=1e-5)
+    assert 0.1 < min(expected) and max(expected) < 0.999
+    assert monitor.records[0]["tokens_per_second"] == 36
+    assert everything_on(model) == before
+    forward(ids).sum().backward()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name,function", [("mixtral", "softmax"), ("deepseek_v3", "sigmoid")])
+def test_entropy_is_that_of_our_layer(name, function):
+    model = make_model(name, "moe_ext").train()
+    router, inputs = routers_of(model)[-1], []
+    E, H = router.weight.shape
+    ours = moe_ext.MoE(H, 8, E, 2, score_function=function, balance="none")
+    ours.router.weight.data.copy_(router.weight)
+    router.register_forward_hook(lambda _, x, y: inputs.append(x[0].detach()))
+    with Monitor(model, every=1, guard=None) as monitor, Monitor(ours, every=1, guard=None) as mine:
+        model(torch.randint(3, 60, (2, 9)))
+        ours(inputs[0])
+        monitor.step()
+        mine.step()
+    entropy = monitor.records[0]["layers"][-1]["entropy"]
+    assert entropy == pytest.approx(mine.records[0]["layers"][0]["entropy"], rel=1e-5)
+
+
+class TestUnusualRouters:
+    """What is not known is None; what is known, is right."""
+
+    class Softmax(nn.Module):
+        def forward(self, x):
+            return (x.softmax(-1),)
+
+    class Both(nn.Module):
+        def forward(self, x):
+            return (x.sigmoid() if self.training else x.softmax(-1),)
+
+    class Neither(nn.Module):
+        def forward(self, x):
+            return (x,)
+
+    def entropy(self, router, routers=1, runs=True, named=True):
+        experts, _ = make_experts()
+        model = nn.Module()
+        model.block = nn.Module()
+        model.block.experts = experts
+        for i in range(routers):
+            model.block.add_module(f"router{i}", router())
+        if named:
+            recorder = OutputRecorder(router, index=0)
+            model._can_record_outputs = {"router_logits": recorder}
+        logits = torch.randn(9, 5, dtype=torch.float64)
+        with Monitor(model, every=1, peak_flops=1e12) as monitor:
+            if runs:
+                model.block.router0(logits)
+            experts(torch.randn(9, 12).double(), logits.topk(2).indices, torch.rand(9, 2))
+            monitor.step()
+        return monitor.records[0]["layers"][0]["entropy"], entropy_share(logits.softmax(-1))
+
+    def test_probabilities_named_logits(self):  # Gemma 4, transformers 5.0's Mixtral
+        entropy, expected = self.entropy(self.Softmax)
+        assert entropy == pytest.approx(expected, rel=1e-12)
+
+    @pytest.mark.parametrize(
+        "router,options",
+        [
+            ("Both", {}),
+            ("Neither", {}),
+            ("Softmax", {"routers": 2}),
+            ("Softmax", {"runs": False}),
+            ("Softmax", {"named": False}),
+        ],
+    )
+    def test_unknown(self, router, options):
+        entropy, _ = self.entropy(getattr(self, router), **options)
+        assert entropy is None
+
+
+def test_copies_of_a_watched_model(tmp_path):
+    """Its hooks can be copied and pickled, and a copy adds nothing to the monitor."""
+    model = make_model("mixtral", "moe_ext").train()
+    with Monitor(model, every=1, guard=None) as monitor:
+        torch.save(model, tmp_path / "model.pt")
+        copy.deepcopy(model)(torch.randint(3, 60, (2, 9)))
+        monitor.step()
+    assert monitor.records[0]["layers"][0]["entropy"] is None
+
+
+def test_trainer(tmp_path):
+    """The optimizer that Trainer gives its callbacks, wrapped by accelerate."""
+    pytest.importorskip("accelerate")
+    model = make_model("mixtral", "moe_ext")
+    data = [{"input_ids": x, "labels": x} for x in torch.randint(3, 60, (16, 8), device="cpu")]
+    monitors = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_train_begin(self, *arguments, model, optimizer, **rest):
+            monitors.append(Monitor(model, every=1, optimizer=optimizer, guard=None))
+
+    arguments = transformers.TrainingArguments(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        report_to="none",
+        use_cpu=True,
+    )
+    with torch.device("cpu"):
+        trainer = transformers.Trainer(model.cpu(), arguments, train_dataset=data)
+        trainer.add_callback(Watch)
+        trainer.train()
+    (monitor,) = monitors
+    monitor.close()
+    assert [record["step"] for record in monitor.records] == [1, 2, 3]
+    for layer in monitor.records[1]["layers"]:
+        assert sum(layer["tokens_per_expert"]) == 4 * 8 * 2 and 0 < layer["entropy"] < 1
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_monitor(checkpointing):
     """moe_ext.monitor sees the experts of a Hugging Face model, each forward once."""
-    from moe_ext.monitor import Monitor, active_flops_per_token
-
     model = make_model("mixtral", "moe_ext").train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -380,7 +567,8 @@ def test_monitor(checkpointing):
     for layer, z in zip(record["layers"], logits, strict=True):
         expected = torch.bincount(z.topk(2).indices.flatten(), minlength=4)
         assert layer["tokens_per_expert"] == expected.tolist()
-        assert layer["entropy"] is None and layer["aux_loss"] is None and layer["dropped"] == 0
+        assert layer["entropy"] == pytest.approx(entropy_share(z.softmax(-1)), rel=1e-5)
+        assert layer["aux_loss"] is None and layer["dropped"] == 0
     assert record["tokens_per_second"] == 18
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     others = sum(

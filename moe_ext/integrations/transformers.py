@@ -7,6 +7,10 @@ or `model.set_experts_implementation("moe_ext")` for a model that is already the
 model whose experts class has transformers' `use_experts_implementation` decorator.
 """
 
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -121,7 +125,59 @@ def register(name: str = "moe_ext") -> None:
     _registered.add(name)
 
 
-def _watch_experts(module: nn.Module) -> monitor.Watched | None:
+def _find_router(
+    above: Sequence[nn.Module],
+) -> tuple[nn.Module, Callable[[object], Tensor]] | tuple[None, None]:
+    """The router of experts, and what takes its output to the probabilities [T, E].
+
+    The model names the class of its routers, and which of their outputs are the logits, for
+    `output_router_logits`. What it does with the logits only the router's code tells: it takes
+    either their softmax or their sigmoid. (None, None) where one of these is not known: for
+    transformers 5.23 DeepSeek-V4, Inkling 2, Muse Spark, Cohere 2 MoE (functions chosen by the
+    config), PhiMoE (a function of its own) and Ernie 4.5 VL (the block gives the logits).
+
+    Args:
+        above: the modules above the experts, the nearest first.
+    """
+    recorded = (getattr(module, "_can_record_outputs", None) or {} for module in above)
+    named = next(
+        (outputs["router_logits"] for outputs in recorded if "router_logits" in outputs), []
+    )
+    classes = {}
+    for recorder in named if isinstance(named, list) else [named]:
+        # transformers' OutputRecorder, or a class whose second output is meant.
+        target = getattr(recorder, "target_class", recorder)
+        if isinstance(target, type):
+            classes[target] = getattr(recorder, "index", 1)
+    for block in above:
+        modules = list(block.modules())
+        if sum(hasattr(module, "is_transposed") for module in modules) > 1:  # others' routers
+            break
+        routers = [module for module in modules if isinstance(module, tuple(classes))]
+        if len(routers) == 1:
+            (router,) = routers
+            index = next(classes[c] for c in classes if isinstance(router, c))
+            used = inspect.unwrap(type(router).forward).__code__.co_names
+            functions = [name for name in ("softmax", "sigmoid") if name in used]
+            if len(functions) == 1:
+                return router, partial(_router_probs, index, functions[0])
+    return None, None
+
+
+def _router_probs(index: int, function: str, output: object) -> Tensor:
+    """Probabilities [T, E] as `moe_ext.routers.RouterOutput` has them, of a router's output."""
+    logits = output[index] if isinstance(output, (tuple, list)) else output
+    logits = logits.detach().reshape(-1, logits.shape[-1])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if function == "sigmoid":
+        scores = logits.sigmoid()
+        return scores / scores.sum(-1, keepdim=True)
+    # Some give probabilities as logits: Gemma 4, Mixtral and the Qwen MoEs in transformers 5.0.
+    are_probs = (logits >= 0).all() & ((logits.sum(-1) - 1).abs() < 0.01).all()
+    return torch.where(are_probs, logits, logits.softmax(-1))
+
+
+def _watch_experts(module: nn.Module, above: Sequence[nn.Module]) -> monitor.Watched | None:
     """For `moe_ext.monitor`: experts that run on moe_ext."""
     config = getattr(module, "config", None)
     if not (
@@ -130,7 +186,7 @@ def _watch_experts(module: nn.Module) -> monitor.Watched | None:
     ):
         return None
     top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k", 1)
-    return monitor.Watched(module, module, top_k)
+    return monitor.Watched(module, module, top_k, *_find_router(above))
 
 
 register()
