@@ -408,7 +408,7 @@ class TwoDevices(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_layers_on_two_devices(first, device):
+def test_layers_on_two_devices(first, device, monkeypatch):
     """Their totals come together, whichever is the first."""
     model = make_model()
     x = torch.randn(40, H)
@@ -418,17 +418,28 @@ def test_layers_on_two_devices(first, device):
             for layer in model:
                 layer(x.to(layer.router.weight.device), return_aux_loss=True)
             monitor.step(1.0)
+        expected = [layer.last_stats.tokens_per_expert.tolist() for layer in model]
     else:
-        with watch(model, every=1) as monitor:
-            for layer in model:
-                layer(x, return_aux_loss=True)
-            away = Elsewhere(model[first]._monitor_totals)
-            monitor._totals[first] = model[first]._monitor_totals = away
-            with TwoDevices():
-                monitor.step(1.0)
-        assert not away.values.any()
-    for layer, watched in zip(model, monitor.records[0]["layers"], strict=True):
-        assert watched["tokens_per_expert"] == layer.last_stats.tokens_per_expert.tolist()
+        # Without a second device: the totals of one layer are on it, as if it had counted there.
+        totals, zeros = [], torch.zeros
+
+        def place(*arguments, **options):
+            values = zeros(*arguments, **options)
+            totals.append(Elsewhere(values) if len(totals) == first else values)
+            return totals[-1]
+
+        monkeypatch.setattr(torch, "zeros", place)
+        monitor = watch(model, every=1)
+        monkeypatch.undo()
+        away = totals[first].values
+        expected = [[0] * E, [0] * E]
+        expected[first] = [7, 5, 0, 2]
+        away[:E] = torch.tensor(expected[first])
+        with TwoDevices():
+            monitor.step(1.0)
+        assert not away.any()
+    layers = monitor.records[0]["layers"]
+    assert [layer["tokens_per_expert"] for layer in layers] == expected
 
 
 def test_resume(tmp_path):
