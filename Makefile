@@ -48,8 +48,9 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py build_backend.py $(SOURCE
 	@$(PIP) -c $(VENV)/constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 
+# Starts over each time, but for ARGS=--resume.
 demo: setup
-	$(BIN)/python examples/train_lm.py $(ARGS)
+	$(BIN)/python examples/train_lm.py --overwrite $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import lm_checkpoint
 import matplotlib
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -212,7 +213,8 @@ def write_comparison(reports: dict[str, dict], out: Path) -> None:
     figure.savefig(out / "compare.png", dpi=110)
     plt.close(figure)
     machine = next(iter(reports.values()))["machine"]
-    (out / "compare.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    comparison = json.dumps({"machine": machine, "rows": rows}, indent=1)
+    lm_checkpoint.write_file(out / lm_checkpoint.COMPARISON, comparison.encode())
     print(f"\n{'model':28} {'parameters':>12} {'active':>12} {'bytes/s':>9} {'bits/byte':>10}")
     for row in rows:
         print(

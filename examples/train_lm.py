@@ -5,6 +5,7 @@ into training and held-out parts. `make demo` runs this; about 3 minutes on 2 CP
 
     python examples/train_lm.py                       train, evaluate, write a sample
     python examples/train_lm.py --resume              go on after Ctrl-C, on the same curve
+    python examples/train_lm.py --overwrite           start over where a run is
     python examples/train_lm.py --ffn dense           the same with a dense feed-forward network
     python examples/train_lm.py --compare             MoE beside two dense models
     python examples/train_lm.py --monitor             what the experts do, live and in the report
@@ -19,18 +20,16 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import sysconfig
 import time
 import zlib
 from pathlib import Path
 
+import lm_checkpoint
 import lm_report
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import moe_ext
@@ -295,7 +294,10 @@ class Trainer:
         o = self.o
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        inputs, targets = make_batch(self.text, o, o.seed * 1_000_003 + self.step, self.device)
+        # Batch and noise are functions of seed and step: no random state to keep, nor to trust.
+        seed = o.seed * 1_000_003 + self.step
+        torch.manual_seed(~seed)  # for routers with noise; of another stream than the batch's
+        inputs, targets = make_batch(self.text, o, seed, self.device)
         with self.autocast():
             logits = self.model(inputs)
         if logits.dtype != torch.float64:
@@ -355,44 +357,11 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Writes everything that the next step depends on; the old file stays until it is done."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        metadata = {
-            "options": json.dumps(dataclasses.asdict(self.o)),
-            "text": self.text_id,
-            "progress": json.dumps({"step": self.step, "seconds": self.seconds}),
-            "history": json.dumps(self.history),
-        }
-        partial = path.with_suffix(".partial")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
-        os.replace(partial, path)
+        lm_checkpoint.save(self, path)
 
     def load(self, path: Path) -> None:
-        """Goes on from a checkpoint of the same options."""
-        if not path.exists():
-            raise SystemExit(f"train_lm: nothing to resume: there is no {path}")
-        with safe_open(path, "pt", device=self.device) as file:
-            metadata = file.metadata()
-            saved, mine = json.loads(metadata["options"]), dataclasses.asdict(self.o)
-            differing = [
-                f"{k}: {saved.get(k)} there, {v} here" for k, v in mine.items() if saved.get(k) != v
-            ]
-            if differing:
-                raise SystemExit(f"train_lm: {path} is of other options ({'; '.join(differing)})")
-            if metadata["text"] != self.text_id:
-                raise SystemExit(f"train_lm: {path} is of another Python's library, another text")
-            names = [key.removeprefix("model.") for key in file.keys() if key.startswith("model.")]
-            self.model.load_state_dict({name: file.get_tensor(f"model.{name}") for name in names})
-            keys = {key.split(".")[1] for key in file.keys() if key.startswith("optimizer.")}
-            for name, parameter in self.model.named_parameters():
-                self.optimizer.state[parameter] = {
-                    key: file.get_tensor(f"optimizer.{key}.{name}") for key in keys
-                }
-        progress = json.loads(metadata["progress"])
-        self.step, self.seconds = progress["step"], progress["seconds"]
-        self.history = json.loads(metadata["history"])
+        """Goes on from a checkpoint of the same options, from wherever it comes."""
+        lm_checkpoint.load(self, path)
 
 
 class Interrupt:
@@ -423,11 +392,18 @@ def train(
     quiet: bool = False,
     monitor: bool = False,
 ) -> Trainer:
-    """Trains to o.steps, for so many seconds, or until Ctrl-C; then the run's state is in out."""
+    """Trains to o.steps, for so many seconds, or until Ctrl-C; then the run's state is in out.
+
+    Without resume, an earlier run's files in out are removed first. main() asks before that.
+    """
     trainer = Trainer(o, device)
-    checkpoint = out / "checkpoint.safetensors" if out else None
+    checkpoint = out / lm_checkpoint.CHECKPOINT if out else None
     if resume:
         trainer.load(checkpoint)
+    if out:
+        lm_checkpoint.require_space(out, lm_checkpoint.size(trainer))
+        if not resume:
+            lm_checkpoint.clear(out)
     if monitor:
         log = out / "monitor.jsonl" if out else None
         trainer.monitor = Monitor(trainer.model, log, resume_at=trainer.step)
@@ -440,12 +416,11 @@ def train(
             if trainer.step % evaluate_every == 0 and trainer.step < o.steps:
                 trainer.evaluate(4)
             progress.show()
-            stop = interrupt.asked or time.monotonic() > deadline
-            if checkpoint and (stop or time.monotonic() - saved_at > 60):
+            if interrupt.asked or time.monotonic() > deadline:
+                break
+            if checkpoint and time.monotonic() - saved_at > 60:
                 trainer.save(checkpoint)
                 saved_at = time.monotonic()
-            if stop:
-                break
     if checkpoint:
         trainer.save(checkpoint)
     if trainer.monitor is not None:
@@ -463,6 +438,7 @@ def compare(o: Options, out: Path, device: str) -> None:
         "dense, equal active FLOPs": dataclasses.replace(o, ffn="dense", dense_match="active"),
         "dense, equal parameters": dataclasses.replace(o, ffn="dense", dense_match="parameters"),
     }
+    lm_checkpoint.require_space(out, 2**20)  # for a picture and a table
     reports = {}
     for name, options in variants.items():
         print(f"== {name}")
@@ -499,6 +475,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Options, argparse.Name
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/train_lm"))
     parser.add_argument("--resume", action="store_true", help="go on from --out's checkpoint")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="remove a run in --out, unless --resume is given"
+    )
     parser.add_argument("--compare", action="store_true", help="train the dense twins too")
     parser.add_argument("--monitor", action="store_true", help="watch the experts")
     parsed = parser.parse_args(arguments)
@@ -506,6 +485,8 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Options, argparse.Name
     changed = [name for name in routing if getattr(parsed, name) != getattr(Options, name)]
     if parsed.ffn != "moe_ext" and (changed or parsed.monitor):
         parser.error(f"--{(changed or ['monitor'])[0].replace('_', '-')} needs --ffn moe_ext")
+    if parsed.compare and parsed.resume:
+        parser.error("--compare trains from the start: leave out --resume")
     options = Options(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Options)})
     if options.ffn == "moe_ext":
         try:
@@ -519,9 +500,28 @@ def main(arguments: list[str] | None = None) -> None:
     o, run = parse_arguments(arguments)
     if run.threads:
         torch.set_num_threads(run.threads)
-    run.out.mkdir(parents=True, exist_ok=True)
-    if run.compare:
-        return compare(o, run.out, run.device)
+    with lm_checkpoint.claim(run.out):
+        refuse_to_overwrite(run)
+        if run.compare:
+            compare(o, run.out, run.device)
+        else:
+            train_and_report(o, run)
+
+
+def refuse_to_overwrite(run: argparse.Namespace) -> None:
+    """Ends the program rather than a run that it was not told to give up."""
+    names = [lm_checkpoint.COMPARISON] if run.compare else lm_checkpoint.RESULTS
+    if run.resume or not any((run.out / name).exists() for name in names):
+        return
+    if not run.overwrite:
+        remedy = "" if run.compare else "--resume goes on, "
+        raise SystemExit(
+            f"train_lm: {run.out} has a run: {remedy}--overwrite starts over; or name another --out"
+        )
+    print(f"starting over: the run in {run.out} is given up")
+
+
+def train_and_report(o: Options, run: argparse.Namespace) -> None:
     trainer = train(
         o,
         out=run.out,
@@ -534,8 +534,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"stopped at step {trainer.step} of {o.steps}; --resume goes on from here")
     bits = trainer.evaluate(64)
     sample = trainer.sample(b"def ", 320)
-    (run.out / "sample.txt").write_text(sample)
-    (run.out / "report.json").write_text(json.dumps(lm_report.make_report(trainer), indent=1))
+    report = json.dumps(lm_report.make_report(trainer), indent=1)
+    lm_checkpoint.write_file(run.out / "sample.txt", sample.encode())
+    lm_checkpoint.write_file(run.out / lm_checkpoint.REPORT, report.encode())
     lm_report.draw_curves(trainer, run.out / "curves.png")
     print(f"\n--- a sample ---\n{sample}\n---\n\n{lm_report.status(trainer)}")
     print(
