@@ -38,7 +38,7 @@ $(VENV)/.torch: constraints.txt
 	@echo "== setting up $(VENV): $(TORCH)"
 	@$(PYTHON) -m venv $(VENV) || { echo "moe_ext: no venv for $(PYTHON) (Debian: python3-venv)"; exit 1; }
 	@echo '$(TORCH)' > $(VENV)/constraints.txt
-	@$(PIP) -c $(VENV)/constraints.txt '$(TORCH)' numpy ninja 'setuptools>=77' wheel
+	@$(PIP) -c $(VENV)/constraints.txt '$(TORCH)' numpy ninja 'setuptools>=77'
 	@touch $@
 
 # The extras come after torch and under its constraint, or pip would look for another torch.

@@ -4,7 +4,8 @@ With `pip install .` the build environment holds the same torch as the target en
 build_backend.py); with `--no-build-isolation` it is the target environment.
 
 Environment: MOE_EXT_CUDA=0 or 1 overrides whether the CUDA operators are built (default: if torch
-has CUDA and a CUDA toolkit is found); MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's own.
+has CUDA and a CUDA toolkit is found); MOE_EXT_DEBUG=1 keeps debug information (80 MB more);
+MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's own.
 """
 
 import os
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 from glob import glob
 
-import torch
+import build_backend  # isort: skip  first, since it says so if setuptools is missing or too old
 from setuptools import setup
 
 
@@ -29,50 +30,63 @@ def toolkit_home() -> str | None:
     return os.path.realpath(top[1].strip()) if top else home
 
 
-def wants_cuda() -> bool:
-    """Whether CUDA operators are to be built; sets CUDA_HOME if so."""
+def wants_cuda(torch_cuda: str | None) -> bool:
+    """Whether CUDA operators are to be built, given torch's CUDA; sets CUDA_HOME if so."""
     home = toolkit_home()
-    has_cuda = torch.version.cuda is not None and home is not None
+    has_cuda = torch_cuda is not None and home is not None
     wanted = os.environ.get("MOE_EXT_CUDA", str(int(has_cuda))) == "1"
     if wanted and not has_cuda:
         raise SystemExit(
-            "moe_ext: MOE_EXT_CUDA=1 needs a torch with CUDA (this one has "
-            f"{torch.version.cuda}) and a CUDA toolkit (found: {home})"
+            f"moe_ext: MOE_EXT_CUDA=1 needs a torch with CUDA (this one has {torch_cuda}) "
+            f"and a CUDA toolkit (found: {home})"
         )
     if wanted:
         os.environ["CUDA_HOME"] = home
     return wanted
 
 
-with_cuda = wants_cuda()
-# It reads CUDA_HOME when it is imported.
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+def extension_options() -> dict[str, object]:
+    """The arguments of setup() for moe_ext._C, and the torch that it loads with."""
+    build_backend.check_tools()
+    requirement = build_backend.require_torch()
+    import torch
 
-sources = sorted(glob("csrc/**/*.cpp", recursive=True))
-compile_args = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall"]
-if with_cuda:
-    # Without a GPU at hand torch cannot guess the architectures.
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
-    extension = CUDAExtension
-    sources += sorted(glob("csrc/**/*.cu", recursive=True))
-    nvcc_args = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
-    compile_args = {"cxx": [*compile_args, "-DMOE_EXT_WITH_CUDA"], "nvcc": nvcc_args}
+    with_cuda = wants_cuda(torch.version.cuda)
+    # It reads CUDA_HOME when it is imported.
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    sources = sorted(glob("csrc/**/*.cpp", recursive=True))
+    # Python's own flags ask for debug information.
+    debug = "-g" if os.environ.get("MOE_EXT_DEBUG") == "1" else "-g0"
+    compile_args = ["-O3", debug, "-fopenmp", "-fvisibility=hidden", "-Wall"]
+    if with_cuda:
+        # Without a GPU at hand torch cannot guess the architectures.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
+        extension = CUDAExtension
+        sources += sorted(glob("csrc/**/*.cu", recursive=True))
+        nvcc_args = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
+        compile_args = {"cxx": [*compile_args, "-DMOE_EXT_WITH_CUDA"], "nvcc": nvcc_args}
+    else:
+        extension = CppExtension
+        sources = [source for source in sources if not source.startswith("csrc/cuda/")]
+    headers = glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)
+    return {
+        "install_requires": [requirement],
+        "ext_modules": [
+            extension(
+                name="moe_ext._C",
+                sources=sources,
+                depends=sorted(headers),
+                include_dirs=[os.path.abspath("csrc")],
+                extra_compile_args=compile_args,
+                extra_link_args=["-fopenmp"],
+            )
+        ],
+        "cmdclass": {"build_ext": BuildExtension},
+    }
+
+
+if build_backend.making_sdist:
+    setup(install_requires=[build_backend.SUPPORTED_TORCH])
 else:
-    extension = CppExtension
-    sources = [source for source in sources if not source.startswith("csrc/cuda/")]
-
-setup(
-    ext_modules=[
-        extension(
-            name="moe_ext._C",
-            sources=sources,
-            depends=sorted(
-                glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)
-            ),
-            include_dirs=[os.path.abspath("csrc")],
-            extra_compile_args=compile_args,
-            extra_link_args=["-fopenmp"],
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+    setup(**extension_options())

@@ -5,6 +5,9 @@ Letters in the docstrings: T tokens, H hidden size, I intermediate size, E exper
 token, N = T K routed rows.
 """
 
+import importlib.metadata
+import importlib.util
+
 import torch
 
 from moe_ext._version import __version__
@@ -14,14 +17,29 @@ _REBUILD = (
     "(or `pip install --no-build-isolation .`)."
 )
 
+
+def _built_for() -> str:
+    """The torch that the installed package requires, which is the one it was built against."""
+    try:
+        required = importlib.metadata.requires("moe_ext") or []
+    except importlib.metadata.PackageNotFoundError:
+        required = []
+    return next((name for name in required if name.startswith("torch")), "another torch")
+
+
 try:
     from moe_ext import _C
 except ImportError as error:
+    if importlib.util.find_spec("moe_ext._C") is None:
+        raise ImportError(
+            f"moe_ext: {__path__[0]} has no compiled part for this Python. Either it is the source "
+            "folder, which shadows the installed package (run from another folder, or install "
+            f"with -e), or it was built for another Python. {_REBUILD}"
+        ) from None
     raise ImportError(
-        f"moe_ext: its compiled part cannot be loaded with torch {torch.__version__} ({error}). "
-        "Either it was built for another torch, or the source folder shadows the installed "
-        f"package (run from another folder, or install with -e). {_REBUILD}"
-    ) from error
+        f"moe_ext: its compiled part cannot be loaded with torch {torch.__version__}; it was built "
+        f"for {_built_for()} ({error}). {_REBUILD}"
+    ) from None
 
 
 def _check_torch(built: str, running: str) -> None:
