@@ -33,7 +33,7 @@ except ImportError:
 if not _setuptools_version or int(_setuptools_version.split(".")[0]) < int(SETUPTOOLS[-2:]):
     raise SystemExit(
         f"moe_ext: a build without isolation needs {SETUPTOOLS} in the environment, which has "
-        f"{_setuptools_version or 'none'}: pip install '{SETUPTOOLS}' ninja numpy"
+        f"{_setuptools_version or 'none'}: [uv] pip install '{SETUPTOOLS}' ninja numpy"
     )
 
 from setuptools import build_meta  # noqa: E402
@@ -69,7 +69,7 @@ def check_torch(version: str) -> str:
     if not OLDEST_TORCH <= (major, minor) < NEXT_TORCH:
         raise SystemExit(
             f"moe_ext: {SUPPORTED_TORCH} is needed, but torch {version} is installed: "
-            f"pip install '{SUPPORTED_TORCH}'"
+            f"[uv] pip install '{SUPPORTED_TORCH}'"
         )
     # A pre-release, such as the 2.13.0a0 of a build from source, comes before 2.13.
     oldest = public if re.search("a|b|rc|dev", public) else f"{major}.{minor}"
@@ -100,7 +100,7 @@ def check_tools() -> None:
         [*os.environ.get("PATH", os.defpath).split(os.pathsep), sysconfig.get_path("scripts")]
     )
     if not shutil.which("ninja"):
-        raise SystemExit("moe_ext: a build without isolation needs ninja: pip install ninja")
+        raise SystemExit("moe_ext: a build without isolation needs ninja: [uv] pip install ninja")
 
 
 def require_torch() -> str:
@@ -111,7 +111,7 @@ def require_torch() -> str:
     if find_spec("torch") is None:
         raise SystemExit(
             "moe_ext: a build without isolation needs torch in the environment: "
-            f"pip install '{SUPPORTED_TORCH}'"
+            f"[uv] pip install '{SUPPORTED_TORCH}'"
         )
     import torch
 
