@@ -83,18 +83,18 @@ class DenseFFN(nn.Module):
 class ReferenceMoE(moe_ext.MoE):
     """The same layer with the same parameters, in plain PyTorch."""
 
-    last_aux_loss = None
     last_stats = None
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.hidden_size)
         logits = reference.router_logits(tokens, self.router.weight)
         weights, ids, probs = reference.topk_router(logits, self.top_k)
-        self.last_aux_loss = self.aux_loss_coef * reference.load_balancing_loss(probs, ids)
+        loss = self.aux_loss_coef * reference.load_balancing_loss(probs, ids)
         counts = torch.bincount(ids.flatten(), minlength=self.num_experts)
         self.last_stats = moe_ext.layers.MoEStats(counts, counts.new_zeros(()))
         experts = self.experts
         y = reference.moe_ffn(tokens, weights, ids, experts.gate_up_proj, experts.down_proj)
+        y, _ = self._hand_out(y, loss, is_taken=False)  # to total_aux_loss, like the other
         return y.reshape(x.shape)
 
 
@@ -260,11 +260,8 @@ class Trainer:
         if o.dtype == "float64":
             self.model.double()
         self.total_parameters, self.active_parameters = count_parameters(self.model, o)
-        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
-        vectors = [p for p in self.model.parameters() if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-            lr=o.lr,
+            moe_ext.param_groups(self.model, lr=o.lr, weight_decay=0.1),
             betas=(0.9, 0.95),
             fused=True,
         )
@@ -309,8 +306,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         if o.balance == "bias":
-            for layer in self.model.moe_layers():
-                layer.router.update_expert_bias()
+            moe_ext.update_expert_bias(self.model)
         self.step += 1
         seconds = time.perf_counter() - started
         self.seconds += seconds

@@ -3,26 +3,36 @@ at the user's own line."""
 
 import math
 import numbers
+import os
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
 import torch
 
+# The code of these is not the user's: what is installed, what torch compiles, and this package
+# wherever it lies.
 _NOT_THE_USERS = (
-    str(Path(torch.__file__).parent),
-    str(Path(__file__).parent),
-    "<",  # what torch compiles
+    "<",
+    *(
+        str(folder) + os.sep
+        for folder in (
+            Path(__file__).parent,
+            Path(torch.__file__).parent,
+            *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+        )
+    ),
 )
 
 
 def warn(text: str) -> None:
-    """A UserWarning at the innermost line that is neither torch's nor this package's: that of the
-    user's that called a layer or stepped an optimizer."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, stacklevel=level)
+    """A UserWarning at the user's line that led here, whatever lies between: the call of a layer,
+    the step of an optimizer."""
+    frame, level = sys._getframe(1), 2
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=2 if frame is None else level)
 
 
 def need(who: str, condition: bool, argument: str, must_be: str, got: object) -> None:

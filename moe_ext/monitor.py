@@ -17,10 +17,7 @@ import json
 import math
 import os
 import resource
-import sys
-import sysconfig
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -33,26 +30,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_ext._messages import need_int, warn
 from moe_ext.layers import MONITORED, MoE
 
 MOST_RECORDS = 1000  # in memory
-# The code of these is not the user's: what is installed, and this package wherever it lies.
-_NOT_THE_USERS = tuple(
-    str(folder) + os.sep
-    for folder in (
-        Path(__file__).parent,
-        Path(torch.__file__).parent,
-        *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
-    )
-)
-
-
-def _warn(text: str) -> None:
-    """Warns at the user's line that led here, whatever lies between: an optimizer's hooks, say."""
-    frame, level = sys._getframe(1), 2
-    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=2 if frame is None else level)
 
 
 class Watched(NamedTuple):
@@ -118,7 +99,7 @@ class CollapseGuard:
     min_load: float = 0.05
     min_entropy: float = 0.1
     patience: int = 10
-    warn: Callable[[str], None] = _warn
+    warn: Callable[[str], None] = warn
 
     def __post_init__(self) -> None:
         for name, holds, must_be in (
@@ -286,8 +267,7 @@ class Monitor:
         if not self.layers:
             raise ValueError("Monitor: model must have a layer of moe_ext, got none")
         for name, value in {"every": every, "window": window}.items():
-            if value < 1:
-                raise ValueError(f"Monitor: {name} must be >= 1, got {value!r}")
+            need_int("Monitor", name, value, least=1)
         for name, layer in self.layers.items():
             if getattr(layer.module, "_monitor_totals", None) is not None:
                 raise ValueError(f"Monitor: model must have one monitor, got a second for {name!r}")
@@ -332,7 +312,7 @@ class Monitor:
         self._hooks = []
         files = path is not None or tensorboard is not None
         if ranks > 1 and process_group is None and self._rank == 0 and files:
-            _warn(
+            warn(
                 f"moe_ext.monitor: there are {ranks} ranks and no process_group, so each watches "
                 "its own tokens and writes its own files (rank 1 to monitor.rank1.jsonl for "
                 "monitor.jsonl, say). With process_group=torch.distributed.group.WORLD counts are "
@@ -507,7 +487,7 @@ class Monitor:
                 do(sink)
             except Exception as error:
                 self._sinks.remove(sink)
-                _warn(
+                warn(
                     f"moe_ext.monitor: {sink.path} cannot be written ({error!r}). The monitor goes "
                     f"on without it; Monitor.records keeps the last {MOST_RECORDS} records."
                 )
@@ -557,7 +537,7 @@ class _Log:
                     elif record["step"] <= resume_at:
                         new.write(line.rstrip() + b"\n")  # the last one may lack its end
             if foreign:
-                _warn(f"moe_ext.monitor: {path} has lines that are no records: {foreign} left out.")
+                warn(f"moe_ext.monitor: {path} has lines that are no records: {foreign} left out.")
             os.replace(partial, path)
         except BaseException:  # a warning may be one
             partial.unlink(missing_ok=True)

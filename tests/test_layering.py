@@ -48,7 +48,7 @@ PYTHON_LAYERS = {
     "aux_loss": {"_buffers", "_messages"},
     "layers": {"_buffers", "_messages", "aux_loss", "ops", "routers"},
     "training": {"_messages", "layers", "routers"},
-    "monitor": {"layers", "_monitor_figure"},
+    "monitor": {"_messages", "layers", "_monitor_figure"},
     "_monitor_figure": set(),
     "integrations/__init__": set(),
     "integrations/transformers": {"__init__", "ops", "layers", "monitor"},
