@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -190,3 +191,18 @@ def test_strides_and_second_derivatives(device):
     (grad,) = torch.autograd.grad(moe_ext.router_z_loss(z), z, create_graph=True)
     with pytest.raises(RuntimeError, match="router_z_loss: second derivatives"):
         grad.sum().backward()
+
+
+def test_counts_and_choices_have_no_derivative(device):
+    """Beside a differentiable use of the same probabilities; without a warning of autograd's."""
+    probs = torch.rand(6, 4, device=device).requires_grad_()
+    weights, ids = probs.topk(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        entropy = torch.ops.moe_ext._router_entropy(probs)
+        pairs = torch.ops.moe_ext._expert_choice(probs, None, 2)
+        one = torch.ones((), dtype=torch.float64, device=device)
+        kept = torch.ops.moe_ext._apply_capacity(weights, ids, one, 4)
+        assert not (entropy.requires_grad or pairs[0].requires_grad or kept.requires_grad)
+        (probs.square().sum() + entropy).backward()
+    assert torch.equal(probs.grad, 2 * probs.detach())

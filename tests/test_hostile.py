@@ -123,6 +123,12 @@ def test_huge_numbers(call, size):
             torch.rand(E, H, I),
         ),
         lambda n: ops._expert_choice(torch.empty(0, n), None, 1),
+        lambda n: ops._tokens_per_expert(ids(1, 0).expand(n, 0), E),
+        lambda n: moe_ext.permute(torch.rand(1, 0).expand(n, 0), ids(1, 0).expand(n, 0), E),
+        lambda n: moe_ext.unpermute(torch.rand(0, 0), row_map([[]]).expand(n, 0)),
+        lambda n: ops._apply_capacity(
+            torch.rand(1, 0).expand(n, 0), ids(1, 0).expand(n, 0), torch.ones(()).double(), E
+        ),
     ],
 )
 def test_expanded_sizes_past_the_range(call, size):

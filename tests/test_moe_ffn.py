@@ -112,6 +112,7 @@ def test_opcheck_private(device, save_hidden):
     torch.library.opcheck(forward, (*routing, None, *options, save_hidden))
     out, hidden, row_map, offsets = forward(*routing, None, *options, save_hidden)
     assert (len(hidden) > 0) == save_hidden
+    hidden = hidden if save_hidden else None
     backward = (out, *routing[:2], row_map, None, offsets, hidden, *options)
     for mask in ([True] * 4 + [False] * 2, [True] + [False] * 5):
         torch.library.opcheck(torch.ops.moe_ext._expert_ffn_backward.default, (*backward, mask))

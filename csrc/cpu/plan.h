@@ -133,6 +133,7 @@ inline std::vector<int64_t> read_offsets(
 template <class Fn>
 void for_slots(const char* op, const at::Tensor& row_map_, int64_t num_rows, const Fn& fn) {
   check_count(op, "row_map", "slots", row_map_.numel());
+  check_count(op, "row_map", "rows", row_map_.size(0));
   check_count(op, "rows", "rows", num_rows);
   const at::Tensor row_map = row_map_.contiguous();
   std::vector<bool> seen(num_rows, false);

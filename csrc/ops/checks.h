@@ -97,6 +97,13 @@ inline void check_memory(const char* op, const char* argument, const at::Tensor&
       " (it was freed or resized)");
 }
 
+// Slots, rows and tokens are numbered by int32. To be checked before anything is copied.
+inline void check_count(const char* op, const char* argument, const char* counted, int64_t count) {
+  TORCH_CHECK(
+      count <= std::numeric_limits<int32_t>::max(), op, ": ", argument,
+      " must have fewer than 2^31 ", counted, ", got ", count);
+}
+
 inline void check_float(const char* op, const char* argument, const at::Tensor& tensor) {
   check_defined(op, argument, tensor);
   TORCH_CHECK(
@@ -129,6 +136,10 @@ inline void check_ids_dtype(const char* op, const char* argument, const at::Tens
       tensor.scalar_type() == at::kLong || tensor.scalar_type() == at::kInt, op, ": ", argument,
       " must be int64 or int32, got ", tensor.scalar_type());
   check_memory(op, argument, tensor);
+  // Rows of no ids cost no memory, but whoever counts goes over them.
+  if (tensor.storage().device_type() != at::kMeta && tensor.dim() > 0) {
+    check_count(op, argument, "rows", tensor.size(0));
+  }
 }
 
 inline void check_device(
@@ -136,13 +147,6 @@ inline void check_device(
   TORCH_CHECK(
       tensor.device() == device, op, ": ", argument, " must be on ", device, ", got ",
       tensor.device());
-}
-
-// Slots, rows and tokens are numbered by int32. To be checked before anything is copied.
-inline void check_count(const char* op, const char* argument, const char* counted, int64_t count) {
-  TORCH_CHECK(
-      count <= std::numeric_limits<int32_t>::max(), op, ": ", argument,
-      " must have fewer than 2^31 ", counted, ", got ", count);
 }
 
 // A tensor with the dtype and on the device of `like`, the argument named so; of the given shape.
