@@ -161,18 +161,24 @@ class HasAuxLoss(nn.Module):
     def _keep(self, y: Tensor, loss: Tensor, is_taken: bool) -> None:
         """Holds the loss. What earlier forwards left and nobody can take any more goes."""
         self._adopt_compiled()
+        if self._kept:
+            self._let_go()
+        counts = self.training and loss.requires_grad
+        last = _Kept(loss, y if counts else None)
+        if counts:
+            self._kept.append(last)
+        if is_taken:
+            last.take()
+        self.__dict__["_last"] = last  # Module.__setattr__ takes a microsecond
+
+    def _let_go(self) -> None:
         left = [kept for kept in self._kept if not (kept.is_spent or kept.is_taken)]
         loose = [kept for kept in left if kept.is_loose()]
-        for kept in loose[: -_MOST_LOOSE or None]:
+        for kept in loose[:-_MOST_LOOSE]:
             left.remove(kept)
-        if any(not kept.is_used for kept in self._kept if kept not in left and not kept.is_taken):
+        if any(not kept.is_used for kept in self._kept if kept not in left):
             self._warn_unused()
-        self._kept = left
-        self._last = _Kept(loss, y if self.training and loss.requires_grad else None)
-        if self.training and loss.requires_grad:
-            self._kept.append(self._last)
-        if is_taken:
-            self._last.take()
+        self._kept[:] = left
 
     def _keep_compiled(self, loss: Tensor, is_taken: bool) -> None:
         # Inside a compiled checkpoint this assignment is refused, and a returned loss does without
@@ -188,9 +194,10 @@ class HasAuxLoss(nn.Module):
 
     def _adopt_compiled(self) -> None:
         """Keeps what compiled forwards, which can only assign, have left: the last one's loss."""
-        loss, self._compiled_loss = self._compiled_loss, None
+        loss = self._compiled_loss
         if loss is None:
             return
+        self._compiled_loss = None
         self._last = _Kept(loss, None)
         counts = self._compiled_in_training and loss.requires_grad
         self._kept = [self._last] if counts else []

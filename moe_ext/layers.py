@@ -71,7 +71,8 @@ class _Experts(nn.Module):
 
     def _check_tokens(self, tokens: Tensor) -> None:
         # Here, not in the layer: whoever shards or casts a module does it around its own forward.
-        dtype, device = self.down_proj.dtype, self.down_proj.device
+        weight = self.down_proj
+        dtype, device = weight.dtype, weight.device
         if tokens.dtype != dtype and not torch.is_autocast_enabled(tokens.device.type):
             raise RuntimeError(
                 f"{type(self).__name__}: tokens (the layer's x) must be {dtype} like its weights, "
@@ -515,14 +516,9 @@ class MoE(HasAuxLoss):
             raise TypeError(
                 f"MoE: router must return a moe_ext.RouterOutput, got {type(routed).__name__}"
             )
-        shapes = {
-            "topk_weights": (num_tokens, self.top_k),
-            "topk_ids": (num_tokens, self.top_k),
-            "router_probs": (num_tokens, self.num_experts),
-            "router_logits": (num_tokens, self.num_experts),
-        }
-        for name, shape in shapes.items():
-            tensor = getattr(routed, name)
+        slots, scores = (num_tokens, self.top_k), (num_tokens, self.num_experts)
+        shapes = (slots, slots, scores, scores)
+        for name, tensor, shape in zip(RouterOutput._fields[:4], routed[:4], shapes, strict=True):
             if not isinstance(tensor, Tensor):
                 raise TypeError(
                     f"MoE: router must return {name} as a tensor, got {type(tensor).__name__}"
@@ -573,18 +569,20 @@ class MoE(HasAuxLoss):
         self, routed: RouterOutput, token_mask: Tensor | None, num_sequences: int
     ) -> Tensor:
         """The losses with their coefficients: a float32 scalar."""
-        loss = torch.zeros((), dtype=torch.float32, device=routed.router_probs.device)
+        losses = []
         if self.aux_loss_coef:
             if hasattr(self.router, "load_balancing_loss"):
                 balance = self.router.load_balancing_loss(routed, token_mask, num_sequences)
             else:
                 ids = routed.topk_ids if routed.chosen_ids is None else routed.chosen_ids
                 balance = ops.load_balancing_loss(routed.router_probs, ids, token_mask=token_mask)
-            loss = loss + (self.aux_loss_coef * balance).float()
+            losses.append((self.aux_loss_coef * balance).float())
         if self.z_loss_coef:
             z_loss = ops.router_z_loss(routed.router_logits, token_mask=token_mask)
-            loss = loss + (self.z_loss_coef * z_loss).float()
-        return loss
+            losses.append((self.z_loss_coef * z_loss).float())
+        if not losses:
+            return torch.zeros((), dtype=torch.float32, device=routed.router_probs.device)
+        return sum(losses[1:], start=losses[0])
 
     def __getstate__(self) -> dict:
         # A copy is not the one that the monitor watches.

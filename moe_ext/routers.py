@@ -346,8 +346,9 @@ class TopKRouter(nn.Module):
 
     def _check_inputs(self, tokens: Tensor, topk_ids: Tensor | None) -> None:
         who, weight = type(self).__name__, self.weight
-        if tokens.dim() != 2 or tokens.shape[1] != weight.shape[1]:
-            must_be = f"[T, H={weight.shape[1]}]"
+        hidden_size = weight.shape[1]
+        if tokens.dim() != 2 or tokens.shape[1] != hidden_size:
+            must_be = f"[T, H={hidden_size}]"
             raise RuntimeError(f"{who}: tokens must be {must_be}, got {list(tokens.shape)}")
         if not tokens.is_floating_point():
             raise RuntimeError(f"{who}: tokens must be floating point, got {tokens.dtype}")
