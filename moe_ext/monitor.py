@@ -499,9 +499,7 @@ def _hook_steps(optimizer: object, hook: Callable):
     while hasattr(inner, "param_groups"):
         try:
             return inner.register_step_post_hook(hook)
-        except (
-            AttributeError
-        ):  # a wrapper, without the method or without what Optimizer.__init__ sets
+        except AttributeError:  # a wrapper, which lacks the method or what Optimizer.__init__ sets
             inner = getattr(inner, "optimizer", None)
     raise TypeError(
         "Monitor: optimizer must be a torch.optim.Optimizer, or a wrapper with one as .optimizer, "

@@ -19,7 +19,7 @@ CPP_LAYERS = {
     "meta": {"allowed": {"ops"}, "torch": True},
     "autograd": {"allowed": {"autograd"}, "torch": True},
     "autocast": {"allowed": set(), "torch": True},
-    "vmap": {"allowed": set(), "torch": True},
+    "functorch": {"allowed": set(), "torch": True},
     "": {"allowed": {"cpu/kernels"}, "torch": True},  # schema.cpp, module.cpp
 }
 TORCH = re.compile(r"^(ATen|c10|torch)/")

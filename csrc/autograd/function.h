@@ -68,7 +68,7 @@ class SecondDerivative : public torch::autograd::Node {
   const char* op_;
 };
 
-// Nodes are held by std::shared_ptr, from torch 2.13 on by c10::intrusive_ptr.
+// Nodes are held by std::shared_ptr in torch 2.11, by c10::intrusive_ptr in 2.13.
 using NodePtr = decltype(torch::autograd::Edge::function);
 
 template <class T, class... Args>
@@ -85,8 +85,8 @@ NodePtr make_node(Args&&... args) {
 // gradients with a history of their own would be silent zeros to autograd.grad.
 inline variable_list once_differentiable(
     const char* op, variable_list grads, const variable_list& arrived, const variable_list& saved) {
-  if (!torch::autograd::compute_requires_grad(arrived, saved))
-    return grads;  // nor without grad mode
+  // Never without grad mode.
+  if (!torch::autograd::compute_requires_grad(arrived, saved)) return grads;
   const NodePtr node =
       make_node<SecondDerivative>(op, torch::autograd::collect_next_edges(arrived, saved));
   for (Tensor& grad : grads) {

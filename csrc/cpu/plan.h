@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <utility>
 #include <vector>
 
 #include "common/score_function.h"
@@ -129,14 +130,13 @@ inline std::vector<int64_t> read_offsets(
   return offsets;
 }
 
-// fn(slot, row) for every slot that has a row; row_map checked: -1 or a row, no row twice.
+// take(slot, row) for every slot that has a row says whether it is the row's first; row_map
+// checked: -1 or a row, no row twice.
 template <class Fn>
-void for_slots(const char* op, const at::Tensor& row_map_, int64_t num_rows, const Fn& fn) {
+void for_slots(const char* op, const at::Tensor& row_map_, int64_t num_rows, const Fn& take) {
   check_count(op, "row_map", "slots", row_map_.numel());
   check_count(op, "row_map", "rows", row_map_.size(0));
-  check_count(op, "rows", "rows", num_rows);
   const at::Tensor row_map = row_map_.contiguous();
-  std::vector<bool> seen(num_rows, false);
   const int32_t* rows = row_map.const_data_ptr<int32_t>();
   for (int64_t slot = 0; slot < row_map.numel(); ++slot) {
     const int32_t row = rows[slot];
@@ -145,21 +145,29 @@ void for_slots(const char* op, const at::Tensor& row_map_, int64_t num_rows, con
         row >= 0 && row < num_rows, op, ": row_map must be -1 or in [0, N=", num_rows, "), got ",
         row);
     TORCH_CHECK_INDEX(
-        !seen[row], op, ": row_map must name a row once at most, got row ", row, " twice");
-    seen[row] = true;
-    fn(static_cast<int32_t>(slot), row);
+        take(static_cast<int32_t>(slot), row), op,
+        ": row_map must name a row once at most, got row ", row, " twice");
   }
 }
 
 inline void check_row_map(const char* op, const at::Tensor& row_map, int64_t num_rows) {
-  for_slots(op, row_map, num_rows, [](int32_t, int32_t) {});
+  check_count(op, "rows", "rows", num_rows);
+  std::vector<bool> taken(num_rows, false);
+  for_slots(op, row_map, num_rows, [&](int32_t, int32_t row) {
+    const bool is_first = !taken[row];
+    taken[row] = true;
+    return is_first;
+  });
 }
 
 // The slot (flat index into row_map) of every row; -1 where no slot has the row.
 inline std::vector<int32_t> invert_row_map(
     const char* op, const at::Tensor& row_map, int64_t num_rows) {
+  check_count(op, "rows", "rows", num_rows);
   std::vector<int32_t> slot_of_row(num_rows, -1);
-  for_slots(op, row_map, num_rows, [&](int32_t slot, int32_t row) { slot_of_row[row] = slot; });
+  for_slots(op, row_map, num_rows, [&](int32_t slot, int32_t row) {
+    return std::exchange(slot_of_row[row], slot) == -1;
+  });
   return slot_of_row;
 }
 

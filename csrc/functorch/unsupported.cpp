@@ -1,5 +1,6 @@
-// torch.vmap over an operator: an error that says what to do instead. Nothing is lost by it, since
-// every operator takes its batch as tokens.
+// torch.vmap over an operator: an error that says what to do instead, where torch's own does not.
+// Nothing is lost by it: an operator's batch are its tokens. (The other transforms of torch.func
+// are refused by torch.)
 #include <torch/library.h>
 
 namespace {
