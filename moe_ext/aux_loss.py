@@ -261,8 +261,9 @@ def total_aux_loss(model: nn.Module, *, evaluation: bool = False) -> Tensor:
     """The sum of the losses of a model's MoE layers: a float32 scalar to add to the loss.
 
     Every training forward counts once: those since the losses were last taken, all of them where a
-    layer was called several times. What backward has gone through is over, so a step in which a
-    layer did not run has nothing of it. Asked again before that, it gives the same losses again.
+    layer was called several times. What was taken and backward has gone through is over, so a step
+    in which a layer did not run has nothing of it. Asked again before backward, it gives the same
+    losses again.
     Forwards in evaluation or under no_grad do not count, so that a validation loss stays what it
     is. Layers that inject their losses add the values only.
 
@@ -300,7 +301,7 @@ def _take_kept(layers: list[HasAuxLoss]) -> list[Tensor]:
         layer._adopt_compiled()
         if layer._last is not None:
             layer._last.is_used = True
-    live = [kept for layer in layers for kept in layer._kept if not kept.is_spent]
+    live = [x for layer in layers for x in layer._kept if not (x.is_spent and x.is_taken)]
     chosen = [kept for kept in live if not kept.is_taken] or live
     for kept in chosen:
         if not kept.is_taken:

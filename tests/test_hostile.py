@@ -217,6 +217,15 @@ def test_freed_and_shrunk_storages(operator, index, left, dtype):
         getattr(moe_ext, operator)(*given)
 
 
+@pytest.mark.parametrize("operator", ["expert_ffn", "moe_ffn"])
+@pytest.mark.parametrize("index", [0, -2, -1])
+def test_freed_storages_under_autocast(operator, index):
+    given = list(arguments()[operator])
+    given[index] = freed(given[index])
+    with raises(operator), torch.autocast("cpu", torch.bfloat16):
+        getattr(moe_ext, operator)(*given)
+
+
 @pytest.mark.parametrize("operator", list(arguments()))
 def test_parts_of_a_storage_are_fine(operator):
     """A view that ends before its storage does, and one that ends with it."""

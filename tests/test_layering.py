@@ -18,7 +18,7 @@ CPP_LAYERS = {
     "cuda/kernels": {"allowed": {"common", "cuda/kernels"}, "torch": False},
     "meta": {"allowed": {"ops"}, "torch": True},
     "autograd": {"allowed": {"autograd"}, "torch": True},
-    "autocast": {"allowed": set(), "torch": True},
+    "autocast": {"allowed": {"ops"}, "torch": True},
     "functorch": {"allowed": set(), "torch": True},
     "": {"allowed": {"cpu/kernels"}, "torch": True},  # schema.cpp, module.cpp
 }

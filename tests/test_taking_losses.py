@@ -104,6 +104,18 @@ def test_asked_twice_it_is_the_same():
     assert total_aux_loss(layer) == 0
 
 
+def test_taken_after_the_backward_of_everything_else():
+    """Whoever keeps the graph may take the loss later; the gradients are those of one backward."""
+    layer = make_layer()
+    expected = router_grad(layer, lambda x: layer(x).sum() + total_aux_loss(layer))
+
+    def later(x):
+        layer(x).sum().backward(retain_graph=True)
+        return total_aux_loss(layer)
+
+    assert relative_error(router_grad(layer, later), expected) < 1e-6
+
+
 def test_what_was_returned_is_not_totalled_beside_others():
     model = nn.ModuleList([make_layer(), make_layer()])
     x = torch.randn(9, H)

@@ -3,6 +3,8 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "ops/checks.h"
+
 namespace moe_ext::autocast {
 namespace {
 
@@ -14,19 +16,26 @@ c10::TypedOperatorHandle<Sig> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Sig>();
 }
 
-// Casts to the autocast dtype of `like`'s device; fp64 and undefined tensors stay as they are.
+// Casts an operator's arguments to the autocast dtype of `like`'s device; fp64 and undefined
+// tensors stay as they are. A cast reads, so it checks that there is memory to read.
 struct Cast {
+  const char* op;
   c10::DeviceType device;
   at::ScalarType dtype;
 
-  explicit Cast(const Tensor& like)
-      : device(like.device().type()), dtype(at::autocast::get_autocast_dtype(device)) {}
+  Cast(const char* op, const char* argument, const Tensor& like) : op(op) {
+    check_defined(op, argument, like);
+    device = like.device().type();
+    dtype = at::autocast::get_autocast_dtype(device);
+  }
 
-  Tensor operator()(const Tensor& tensor) const {
+  Tensor operator()(const char* argument, const Tensor& tensor) const {
+    check_defined(op, argument, tensor);
+    check_memory(op, argument, tensor);
     return at::autocast::cached_cast(dtype, tensor, device);
   }
-  OptionalTensor operator()(const OptionalTensor& tensor) const {
-    return tensor ? OptionalTensor((*this)(*tensor)) : std::nullopt;
+  OptionalTensor operator()(const char* argument, const OptionalTensor& tensor) const {
+    return tensor ? OptionalTensor((*this)(argument, *tensor)) : std::nullopt;
   }
 };
 
@@ -35,8 +44,8 @@ Tensor grouped_linear(
     const OptionalTensor& bias) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   static const auto op = find_op<decltype(grouped_linear)>("moe_ext::_grouped_linear");
-  const Cast cast(rows);
-  return op.call(cast(rows), expert_offsets, cast(weight), cast(bias));
+  const Cast cast("_grouped_linear", "rows", rows);
+  return op.call(cast("rows", rows), expert_offsets, cast("weight", weight), cast("bias", bias));
 }
 
 Tensor expert_ffn(
@@ -46,10 +55,11 @@ Tensor expert_ffn(
     c10::string_view recompute) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   static const auto op = find_op<decltype(expert_ffn)>("moe_ext::expert_ffn");
-  const Cast cast(rows);
+  const Cast cast("expert_ffn", "rows", rows);
   return op.call(
-      cast(rows), expert_offsets, cast(gate_up_proj), cast(down_proj), cast(gate_up_bias),
-      cast(down_bias), row_weights, activation, gated, recompute);
+      cast("rows", rows), expert_offsets, cast("gate_up_proj", gate_up_proj),
+      cast("down_proj", down_proj), cast("gate_up_bias", gate_up_bias),
+      cast("down_bias", down_bias), row_weights, activation, gated, recompute);
 }
 
 Tensor moe_ffn(
@@ -59,10 +69,11 @@ Tensor moe_ffn(
     c10::string_view recompute) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   static const auto op = find_op<decltype(moe_ffn)>("moe_ext::moe_ffn");
-  const Cast cast(tokens);
+  const Cast cast("moe_ffn", "tokens", tokens);
   return op.call(
-      cast(tokens), topk_weights, topk_ids, cast(gate_up_proj), cast(down_proj), cast(gate_up_bias),
-      cast(down_bias), activation, gated, recompute);
+      cast("tokens", tokens), topk_weights, topk_ids, cast("gate_up_proj", gate_up_proj),
+      cast("down_proj", down_proj), cast("gate_up_bias", gate_up_bias),
+      cast("down_bias", down_bias), activation, gated, recompute);
 }
 
 Tensor moe_ffn_pairs(
@@ -72,10 +83,12 @@ Tensor moe_ffn_pairs(
     c10::string_view activation, bool gated, c10::string_view recompute) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   static const auto op = find_op<decltype(moe_ffn_pairs)>("moe_ext::_moe_ffn_pairs");
-  const Cast cast(tokens);
+  const Cast cast("_moe_ffn_pairs", "tokens", tokens);
   return op.call(
-      cast(tokens), pair_weights, pair_experts, pair_tokens, cast(gate_up_proj), cast(down_proj),
-      cast(gate_up_bias), cast(down_bias), activation, gated, recompute);
+      cast("tokens", tokens), pair_weights, pair_experts, pair_tokens,
+      cast("gate_up_proj", gate_up_proj), cast("down_proj", down_proj),
+      cast("gate_up_bias", gate_up_bias), cast("down_bias", down_bias), activation, gated,
+      recompute);
 }
 
 }  // namespace

@@ -79,6 +79,15 @@ inline void check_num_experts(
       num_experts.sym_le(kMostExperts), op, ": ", argument, " must be <= 2^20, got ", num_experts);
 }
 
+// Whether a tensor is to have memory of its own: those on meta, fake ones and wrappers have none.
+inline bool has_memory(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet kWrappers(
+      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+       c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
+  return tensor.has_storage() && !tensor.key_set().has_any(kWrappers) &&
+         tensor.storage().device_type() != at::kMeta;
+}
+
 // Memory for all elements. A storage may be freed or shrunk behind its tensors
 // (`untyped_storage().resize_(0)`, as FSDP does), and an untyped pointer into it says nothing of
 // it. Part of every check of a dtype, since every argument has one of those.
@@ -86,8 +95,8 @@ inline void check_memory(const char* op, const char* argument, const at::Tensor&
   TORCH_CHECK(
       tensor.layout() == at::kStrided, op, ": ", argument, " must be a dense tensor, got ",
       tensor.layout());
+  if (!has_memory(tensor) || tensor.numel() == 0) return;
   const c10::Storage& storage = tensor.storage();
-  if (storage.device_type() == at::kMeta || tensor.numel() == 0) return;
   int64_t elements = tensor.storage_offset() + 1;
   for (int64_t d = 0; d < tensor.dim(); ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
   const int64_t bytes = elements * static_cast<int64_t>(tensor.itemsize());
@@ -137,7 +146,7 @@ inline void check_ids_dtype(const char* op, const char* argument, const at::Tens
       " must be int64 or int32, got ", tensor.scalar_type());
   check_memory(op, argument, tensor);
   // Rows of no ids cost no memory, but whoever counts goes over them.
-  if (tensor.storage().device_type() != at::kMeta && tensor.dim() > 0) {
+  if (has_memory(tensor) && tensor.dim() > 0) {
     check_count(op, argument, "rows", tensor.size(0));
   }
 }
