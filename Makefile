@@ -5,6 +5,7 @@
 #   make bench-cpu   experts against their peers    make lint          check style; make format mends
 #   make cuda-check  compile the CUDA kernels (needs nvcc, neither torch nor a GPU)
 #   make test-emulated   run the tests with the CUDA operators, by the host
+#   make fuzz    fuzz every operator for a while    make test-sanitized   under sanitizers, too
 #   make gpu-check   all that needs a GPU, with GPU_PYTHON; make bench-cuda   its benchmarks alone
 #
 # PYTHON=python3.12   the interpreter of .venv (3.10 or newer)
@@ -24,11 +25,11 @@ CUDA_KERNELS := $(wildcard csrc/cuda/kernels/*.cu)
 
 GPU_PYTHON ?= python3
 
-.PHONY: help demo test test-kernels test-emulated cuda-check gpu-check bench bench-cpu bench-cuda \
-  lint format clean setup
+.PHONY: help demo test test-kernels test-emulated test-sanitized fuzz cuda-check gpu-check bench \
+  bench-cpu bench-cuda lint format clean setup
 
 help:
-	@sed -n '2,13s/^# \{0,1\}//p' Makefile
+	@sed -n '2,14s/^# \{0,1\}//p' Makefile
 
 setup: $(VENV)/.built
 
@@ -85,6 +86,53 @@ test-emulated: setup
 	$(BIN)/python tests/emulate_cuda.py $(EMULATED:%=tests/test_%.py) -q $(ARGS)
 	MOE_EXT_EMULATED_MAJOR=9 $(BIN)/python tests/emulate_cuda.py \
 	  $(patsubst %,tests/test_%.py,grouped_linear expert_ffn moe_ffn cuda) -q $(ARGS)
+
+# Hostile calls of every operator, then calls compared with loops in fp64: so many seconds each.
+fuzz: setup
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
+
+# The extension built with the address and the undefined behaviour sanitizer, beside links to the
+# package, under a torch without them: a slice of the tests, then the fuzzer.
+# - libasan has to be the first library of the process. Leaks are not looked for: Python leaks.
+# - The sanitizers' options let mmap fail as without them (allocator_may_return_null), so that torch
+#   raises for sizes beyond memory; operator new would end the process.
+# - torch's OpenMP threads need nothing. vptr checks would need the types of torch's own objects.
+# - Python's handlers must not take the signals that the sanitizers report.
+SANITIZED := build/sanitized/moe_ext
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+SANITIZED_OBJECTS := $(patsubst csrc/%.cpp,build/sanitized/objects/%.o,\
+  $(filter-out csrc/cuda/%,$(filter %.cpp,$(SOURCES))))
+SANITIZED_TESTS := bad_inputs pairs permute unpermute topk_router router_logits aux_loss capacity \
+  grouped_linear uninitialised
+SANITIZED_PYTHON := env PYTHONPATH=build/sanitized:tests MOE_EXT_FUZZ_CALL_SECONDS=60 \
+  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
+  UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python
+test-sanitized: setup
+	@echo "== building moe_ext with $(SANITIZE)"
+	@$(MAKE) --no-print-directory -j "$${MAX_JOBS:-$$(nproc)}" $(SANITIZED)/_C.so
+	$(SANITIZED_PYTHON) -m pytest $(SANITIZED_TESTS:%=tests/test_%.py) -q -x -p no:faulthandler \
+	  -p no:cacheprovider
+	$(SANITIZED_PYTHON) -m fuzz --seconds 30 $(ARGS)
+
+$(SANITIZED)/_C.so: $(SANITIZED_OBJECTS) build/sanitized/flags
+	@mkdir -p $(SANITIZED)
+	@ln -sf $(CURDIR)/moe_ext/*.py $(CURDIR)/moe_ext/integrations $(SANITIZED)
+	@c++ -shared $(SANITIZE) -fopenmp $(SANITIZED_OBJECTS) $$(tail -1 build/sanitized/flags) -o $@
+
+# What torch wants of a compiler and of a linker, a line each.
+build/sanitized/flags: $(VENV)/.torch
+	@mkdir -p $(@D)
+	@$(BIN)/python -c 'import sysconfig, torch.utils.cpp_extension as torch; \
+	  print(*("-isystem " + path for path in [*torch.include_paths(), sysconfig.get_path("include")])); \
+	  print(*("-L" + path for path in torch.library_paths()), *"-lc10 -ltorch_cpu -ltorch -ltorch_python".split())' > $@
+
+build/sanitized/objects/%.o: csrc/%.cpp build/sanitized/flags
+	@mkdir -p $(@D)
+	@c++ -std=c++20 -O1 -g -fPIC -fopenmp -fvisibility=hidden -Icsrc $(SANITIZE) -MMD -MP \
+	  -DTORCH_EXTENSION_NAME=_C -DTORCH_API_INCLUDE_EXTENSION_H $$(head -1 build/sanitized/flags) \
+	  -c $< -o $@
+-include $(SANITIZED_OBJECTS:.o=.d)
 
 # PTX for every GPU from sm_80, code for Hopper; what ptxas says of registers and spills stays in
 # build/cuda.
