@@ -534,12 +534,30 @@ def backward(call: Call, outputs: tuple, rng: random.Random) -> list[str]:
             grad = grad.transpose(0, -1).contiguous().transpose(0, -1) if grad.dim() else grad
         grads.append(grad)
     leaves = {n: t for n, t in call.arguments.items() if torch.is_tensor(t) and t.requires_grad}
-    results = torch.autograd.grad(chosen, list(leaves.values()), grads, allow_unused=True)
-    return [
+    twice = call.operator != "permute" and rng.random() < 0.2  # permute is linear
+    results = torch.autograd.grad(
+        chosen, list(leaves.values()), grads, allow_unused=True, create_graph=twice
+    )
+    problems = silent_second_derivatives(results, leaves) if twice else []
+    return problems + [
         f"the gradient of {name} is {describe(grad)}"
         for (name, leaf), grad in zip(leaves.items(), results, strict=True)
         if grad is not None and (grad.dtype, grad.shape) != (leaf.dtype, leaf.shape)
     ]
+
+
+def silent_second_derivatives(grads: tuple, leaves: dict[str, Tensor]) -> list[str]:
+    """Gradients that were asked for with a graph: whoever goes on gets an error, not a zero."""
+    again = [grad for grad in grads if grad is not None and grad.requires_grad and grad.numel()]
+    if not again:
+        return [] if all(g is None or not g.numel() for g in grads) else ["gradients have no graph"]
+    ones = [torch.ones_like(grad) for grad in again]
+    try:
+        second = torch.autograd.grad(again, list(leaves.values()), ones, allow_unused=True)
+    except RuntimeError as error:
+        return [] if "derivative" in str(error) else [f"second derivatives: {first_line(error)}"]
+    vanished = all(s is None for s in second)
+    return ["second derivatives vanish silently"] if vanished else []
 
 
 def run_case(case: Case, rng: random.Random) -> tuple[str, list[str]]:

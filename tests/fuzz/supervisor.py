@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import worker
 
-# For one call, or for a worker to start.
+# For one call; a worker may take ten times as long to start.
 SECONDS_PER_CALL = float(os.environ.get("MOE_EXT_FUZZ_CALL_SECONDS", "30"))
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -53,17 +53,19 @@ class Report:
         )
 
 
-def lines(process: subprocess.Popen, pipe: int, timeout: float) -> Iterator[str]:
-    """The lines of a pipe; TimeoutError after `timeout` seconds without any."""
-    buffer = b""
+def lines(pipe: int, timeout: float) -> Iterator[str]:
+    """The lines of a pipe; TimeoutError after `timeout` seconds without any (ten times that before
+    the first)."""
+    buffer, wait = b"", 10 * timeout
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while True:
-            if not selector.select(timeout):
+            if not selector.select(wait):
                 raise TimeoutError
             data = os.read(pipe, 1 << 16)
             if not data:
                 return
+            wait = timeout
             *whole, buffer = (buffer + data).split(b"\n")
             yield from (line.decode() for line in whole)
 
@@ -85,7 +87,7 @@ def start(kind: str, seed: int, first: int, seconds: float, count, pipe: int, er
     options += [f"--seconds={seconds}", f"--pipe={pipe}"]
     if count is not None:
         options.append(f"--count={count}")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
     return subprocess.Popen(
         [sys.executable, "-X", "faulthandler", "-m", "fuzz", *options],
         pass_fds=[pipe],
@@ -109,7 +111,7 @@ def run(kind: str, seed: int, seconds: float, first: int = 0, count: int | None 
             os.close(write)
             running, failed = None, None
             try:
-                for line in lines(process, read, SECONDS_PER_CALL):
+                for line in lines(read, SECONDS_PER_CALL):
                     event, case, *rest = line.split(" ", 2)
                     number = int(case)
                     running = number if event == "start" else None
