@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 
 import moe_ext  # noqa: F401  registers the operators
 
@@ -20,9 +21,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.case is not None:
         kind = options.only or "hostile"
-        print(worker.describe(options.seed, kind, options.case), flush=True)
-        result = worker.KINDS[kind](worker.case_rng(options.seed, kind, options.case))
-        print(*(f"{name}: {value}" for name, value in result.items()), sep="\n")
+        rng = worker.case_rng(options.seed, kind, options.case)
+        result = worker.KINDS[kind](rng, partial(print, flush=True))
+        print(result["outcome"], *result["problems"], sep="\n")
         return bool(result["problems"])
     if options.pipe is not None:
         worker.work(

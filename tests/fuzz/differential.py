@@ -564,7 +564,7 @@ def compare(comparison: Comparison, rng: random.Random) -> list[str]:
     return problems
 
 
-def run_case(rng: random.Random) -> dict:
+def run_case(rng: random.Random, announce: Callable[[str], None] = str) -> dict:
     build = rng.choice(OPERATORS)
     isa = rng.choice(["generic", "avx2", "avx512", "avx512_bf16"])
     torch.set_num_threads(rng.choice([1, 2]))
@@ -575,16 +575,18 @@ def run_case(rng: random.Random) -> dict:
         except ValueError:  # not this machine's
             isa = before
         case = Case(rng)
+        sizes = {n: case.sizes[n] for n in ("T", "H", "I", "E", "K", "O", "N", "P", "S")}
+        text = f"{build.__name__} {sizes} {case.dtype} {isa}"
+        announce(text)
         result, what = build(case), ""
         if isinstance(result, Comparison):
             what = result.what
             result = compare(result, rng)
     finally:
         moe_ext.set_cpu_isa(before)
-    sizes = {n: case.sizes[n] for n in ("T", "H", "I", "E", "K", "O", "N", "P", "S")}
     return {
         "operator": build.__name__,
         "outcome": "differs" if result else "agrees",
         "problems": result,
-        "call": f"{build.__name__} {sizes} {case.dtype} {isa} {what}",
+        "call": f"{text} {what}",
     }

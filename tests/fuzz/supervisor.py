@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import worker
-
 # For one call; a worker may take ten times as long to start.
 SECONDS_PER_CALL = float(os.environ.get("MOE_EXT_FUZZ_CALL_SECONDS", "30"))
 TESTS = Path(__file__).resolve().parent.parent
@@ -109,15 +107,18 @@ def run(kind: str, seed: int, seconds: float, first: int = 0, count: int | None 
             remaining = None if count is None else first + count - number
             process = start(kind, seed, number, left, remaining, write, errors)
             os.close(write)
-            running, failed = None, None
+            running, call, failed = None, "", None
             try:
                 for line in lines(read, SECONDS_PER_CALL):
-                    event, case, *rest = line.split(" ", 2)
-                    number = int(case)
-                    running = number if event == "start" else None
-                    if event == "end":
-                        number += 1
-                        note(report, seed, int(case), json.loads(rest[0]))
+                    event, case, what = line.split(" ", 2)
+                    number, value = int(case), json.loads(what)
+                    if event == "start":
+                        running, call = number, "the fuzzer's own, before the call"
+                    elif event == "call":
+                        call = value
+                    else:
+                        note(report, seed, number, value)
+                        running, number = None, number + 1
             except TimeoutError:
                 failed = f"hung for {SECONDS_PER_CALL:.0f} s"
                 process.kill()
@@ -127,7 +128,6 @@ def run(kind: str, seed: int, seconds: float, first: int = 0, count: int | None 
         if running is None and process.returncode != 0:
             raise RuntimeError(f"the worker failed outside a call: {died}")
         if running is not None:
-            call = worker.describe(seed, kind, running)
             report.findings.append(Finding(kind, seed, running, failed or died, call))
             report.calls += 1
             report.outcomes["hung" if failed else "crashed"] += 1
@@ -142,5 +142,4 @@ def note(report: Report, seed: int, case: int, result: dict) -> None:
     report.operators[result["operator"]] += 1
     if result["problems"]:
         what = "; ".join(result["problems"])
-        call = f"expected: {result.get('expected', 'agreement')}; {result['call']}"
-        report.findings.append(Finding(report.kind, seed, case, what, call))
+        report.findings.append(Finding(report.kind, seed, case, what, result["call"]))

@@ -112,7 +112,7 @@ WORKER = """
 import os, sys, time
 pipe, first = (int(x) for x in sys.argv[1:3])
 for case in range(first, 6):
-    os.write(pipe, f"start {case}\\n".encode())
+    os.write(pipe, f'start {case} null\\ncall {case} "permute()"\\n'.encode())
     if case == 2: %s
     end = '{"operator": "permute", "outcome": "returned", "problems": []}'
     os.write(pipe, f"end {case} {end}\\n".encode())
@@ -138,7 +138,7 @@ def test_a_crash_or_a_hang_is_a_finding_and_not_the_end(monkeypatch, fate, findi
     assert report.calls == 6
     (found,) = report.findings
     assert found.case == 2 and found.what.startswith(finding)
-    assert "--seed 0 --case 2" in str(found)
+    assert found.call == "permute()" and "--seed 0 --case 2" in str(found)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The child process: cases one after the other, each announced before it runs.
 
-It writes lines to a pipe: "start CASE", then "end CASE {what came of it}".
+It writes lines to a pipe: "start CASE", "call CASE {the call}", "end CASE {what came of it}".
 """
 
 import json
@@ -8,6 +8,8 @@ import os
 import random
 import resource
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -33,40 +35,33 @@ def case_rng(seed: int, kind: str, number: int) -> random.Random:
 WITHOUT = frozenset(os.environ.get("MOE_EXT_FUZZ_WITHOUT", "").split(","))
 
 
-def run_hostile(rng: random.Random) -> dict:
+def run_hostile(rng: random.Random, announce: Callable[[str], None]) -> dict:
     case = hostile.make_case(rng, WITHOUT)
-    text = case.describe()
+    text = f"expected: {case.expected}; {case.describe()}"
+    announce(text)
     outcome, problems = hostile.run_case(case, rng)
     return {
         "operator": case.call.operator,
         "outcome": outcome,
         "problems": problems,
         "call": text,
-        "expected": case.expected,
     }
 
 
-def run_differential(rng: random.Random) -> dict:
+def run_differential(rng: random.Random, announce: Callable[[str], None]) -> dict:
     from . import differential
 
-    return differential.run_case(rng)
+    return differential.run_case(rng, announce)
 
 
 KINDS = {"hostile": run_hostile, "differential": run_differential}
 
 
-def describe(seed: int, kind: str, number: int) -> str:
-    """The call of a case that cannot be run in this process."""
-    if kind != "hostile":
-        return f"{kind} case"
-    try:
-        return hostile.make_case(case_rng(seed, kind, number), WITHOUT).describe()
-    except Exception as error:  # the fuzzer's own, which its worker reported
-        return f"cannot be made: {error!r}"
-
-
 def work(kind: str, seed: int, first: int, seconds: float, count: int | None, pipe: int) -> None:
     import moe_ext  # noqa: F401  registers the operators
+
+    def write(event: str, case: int, what: object = None) -> None:
+        os.write(pipe, f"{event} {case} {json.dumps(what)}\n".encode())
 
     torch.set_num_threads(2)
     torch.ones(1 << 20).exp()  # threads start, and modules are imported, before memory is limited
@@ -76,9 +71,7 @@ def work(kind: str, seed: int, first: int, seconds: float, count: int | None, pi
         limit_memory()
     end, number = time.monotonic() + seconds, first
     while time.monotonic() < end and (count is None or number < first + count):
-        os.write(pipe, f"start {number}\n".encode())
-        result = KINDS[kind](case_rng(seed, kind, number))
-        if not result["problems"]:
-            result = {key: result[key] for key in ("operator", "outcome", "problems")}
-        os.write(pipe, f"end {number} {json.dumps(result)}\n".encode())
+        write("start", number)
+        result = KINDS[kind](case_rng(seed, kind, number), partial(write, "call", number))
+        write("end", number, result)
         number += 1
