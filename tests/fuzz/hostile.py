@@ -45,6 +45,8 @@ DIFFERENTIABLE = {
     *("permute", "unpermute", "_grouped_linear", "expert_ffn", "moe_ffn", "_moe_ffn_pairs"),
     "_pair_weights",
 }
+# Of those, the ones whose second derivatives are zero.
+LINEAR = {"permute", "load_balancing_loss", "_pair_weights"}
 
 
 @dataclass
@@ -536,7 +538,7 @@ def backward(call: Call, outputs: tuple, rng: random.Random) -> list[str]:
             grad = grad.transpose(0, -1).contiguous().transpose(0, -1) if grad.dim() else grad
         grads.append(grad)
     leaves = {n: t for n, t in call.arguments.items() if torch.is_tensor(t) and t.requires_grad}
-    twice = call.operator != "permute" and rng.random() < 0.2  # permute is linear
+    twice = call.operator not in LINEAR and rng.random() < 0.2
     results = torch.autograd.grad(
         chosen, list(leaves.values()), grads, allow_unused=True, create_graph=twice
     )
@@ -609,8 +611,6 @@ def run_case(case: Case, rng: random.Random) -> tuple[str, list[str]]:
             )
             if not copied:  # torch's, of a copy of an argument
                 problems.append(f"the message names no operator: {outcome}: {first_line(error)}")
-        if type(error) not in ERRORS:
-            problems.append(f"raised a {type(error).__name__}: {first_line(error)}")
     except Exception as error:  # not an error that callers expect
         outcome = type(error).__name__
         problems.append(f"raised a {outcome}: {first_line(error)}")
