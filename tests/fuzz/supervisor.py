@@ -76,7 +76,7 @@ def ended(process: subprocess.Popen, errors) -> str:
     said = errors.read().decode(errors="replace").strip().split("\n")
     sanitizer = re.compile("ERROR: AddressSanitizer|runtime error:")
     report = [n for n, line in enumerate(said) if sanitizer.search(line)]
-    told = said[report[0] :][:25] if report else said[-12:]
+    told = said[report[0] :][:10] if report else said[-12:]
     return "\n    ".join([f"crashed: {name}", *(line[:200] for line in told)])
 
 
