@@ -18,7 +18,6 @@ Rules for all of them:
 """
 
 import functools
-import inspect
 import re
 
 import torch
@@ -34,22 +33,16 @@ _TYPE_NAMES = {"int": "an integer", "SymInt": "an integer", "bool": "True or Fal
 _TYPE_NAMES |= {"str": "a string", "float": "a number", "number": "a number"}
 
 
-def _explain(error: RuntimeError, function, args: tuple, kwargs: dict) -> Exception:
-    """The error itself, or a sentence where the dispatcher complains of a type: it shows the C++
-    schema then, or says nothing of who and what where a tensor is None."""
+def _readable(error: RuntimeError) -> Exception:
+    """The error itself, or, of the dispatcher's with a C++ schema for a wrong type, a sentence."""
     wrong = _WRONG_TYPE.search(str(error))
-    if wrong is not None:
-        operator, expected, argument, got = wrong.groups()
-        is_optional = expected.startswith("Optional[")
-        expected = expected.removeprefix("Optional[").removesuffix("]")
-        must_be = _TYPE_NAMES.get(expected, "a tensor") + (" or None" if is_optional else "")
-        return TypeError(f"{operator}: {argument} must be {must_be}, got {got}")
-    if "does not have a device" in str(error):
-        signature = inspect.signature(function)
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
-            if value is None and signature.parameters[name].default is inspect.Parameter.empty:
-                return TypeError(f"{function.__name__}: {name} must be a tensor, got None")
-    return error
+    if wrong is None:
+        return error
+    operator, expected, argument, got = wrong.groups()
+    is_optional = expected.startswith("Optional[")
+    expected = expected.removeprefix("Optional[").removesuffix("]")
+    must_be = _TYPE_NAMES.get(expected, "a tensor") + (" or None" if is_optional else "")
+    return TypeError(f"{operator}: {argument} must be {must_be}, got {got}")
 
 
 def _explained(function):
@@ -60,7 +53,7 @@ def _explained(function):
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
-            raise _explain(error, function, args, kwargs) from None
+            raise _readable(error) from None
 
     return call
 
@@ -248,7 +241,7 @@ def load_balancing_loss(
     Args:
         router_probs: [T, E]; differentiable.
         topk_ids: [T, K] int64 or int32; skipped ids are left out of f's numerator.
-        token_mask: [T] bool; False tokens count nowhere.
+        token_mask: [T] bool; False tokens count nowhere, whatever their ids.
         normalize_by_topk: False gives Hugging Face's value, K times as large.
         num_sequences: the tokens are so many sequences of equal length, one after the other; the
             loss is the mean of the sequences' own losses, over those with an unmasked token

@@ -66,11 +66,13 @@ class RouterZLoss : public torch::autograd::Function<RouterZLoss> {
 Tensor load_balancing_loss(
     const Tensor& router_probs, const Tensor& topk_ids, const OptionalTensor& token_mask,
     bool normalize_by_topk, c10::SymInt num_sequences, const OptionalTensor& expert_share) {
+  check_defined("load_balancing_loss", {{"router_probs", router_probs}, {"topk_ids", topk_ids}});
   return LoadBalancingLoss::apply(
       router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share);
 }
 
 Tensor router_z_loss(const Tensor& router_logits, const OptionalTensor& token_mask) {
+  check_defined("router_z_loss", {{"router_logits", router_logits}});
   return RouterZLoss::apply(router_logits, token_mask);
 }
 

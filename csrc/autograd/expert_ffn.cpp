@@ -47,6 +47,11 @@ Tensor expert_ffn(
     const Tensor& down_proj, const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
     const OptionalTensor& row_weights, c10::string_view activation, bool gated,
     c10::string_view recompute) {
+  check_defined(
+      "expert_ffn", {{"rows", rows},
+                     {"expert_offsets", expert_offsets},
+                     {"gate_up_proj", gate_up_proj},
+                     {"down_proj", down_proj}});
   const bool save_hidden =
       keeps_hidden("expert_ffn", recompute) &&
       will_backward(rows, gate_up_proj, down_proj, gate_up_bias, down_bias, row_weights);

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -26,6 +27,19 @@ c10::TypedOperatorHandle<Sig> find_op(const char* name) {
 
 inline OptionalTensor as_optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+struct Argument {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// None in place of a tensor arrives as an undefined one, on which torch's Function fails.
+inline void check_defined(const char* op, std::initializer_list<Argument> arguments) {
+  for (const Argument& argument : arguments) {
+    TORCH_CHECK_TYPE(
+        argument.tensor.defined(), op, ": ", argument.name, " must be a tensor, got None");
+  }
 }
 
 inline bool requires_grad(const Tensor& tensor) { return tensor.requires_grad(); }

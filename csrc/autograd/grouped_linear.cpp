@@ -42,6 +42,8 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
 Tensor grouped_linear(
     const Tensor& rows, const Tensor& expert_offsets, const Tensor& weight,
     const OptionalTensor& bias) {
+  check_defined(
+      "_grouped_linear", {{"rows", rows}, {"expert_offsets", expert_offsets}, {"weight", weight}});
   return GroupedLinear::apply(rows, expert_offsets, weight, bias);
 }
 

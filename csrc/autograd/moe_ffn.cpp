@@ -61,6 +61,12 @@ Tensor moe_ffn(
     const Tensor& gate_up_proj, const Tensor& down_proj, const OptionalTensor& gate_up_bias,
     const OptionalTensor& down_bias, c10::string_view activation, bool gated,
     c10::string_view recompute) {
+  check_defined(
+      "moe_ffn", {{"tokens", tokens},
+                  {"topk_weights", topk_weights},
+                  {"topk_ids", topk_ids},
+                  {"gate_up_proj", gate_up_proj},
+                  {"down_proj", down_proj}});
   return apply(
       "moe_ffn", tokens, topk_weights, topk_ids, std::nullopt, gate_up_proj, down_proj,
       gate_up_bias, down_bias, activation, gated, recompute);
@@ -71,6 +77,13 @@ Tensor moe_ffn_pairs(
     const Tensor& pair_tokens, const Tensor& gate_up_proj, const Tensor& down_proj,
     const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
     c10::string_view activation, bool gated, c10::string_view recompute) {
+  check_defined(
+      "_moe_ffn_pairs", {{"tokens", tokens},
+                         {"pair_weights", pair_weights},
+                         {"pair_experts", pair_experts},
+                         {"pair_tokens", pair_tokens},
+                         {"gate_up_proj", gate_up_proj},
+                         {"down_proj", down_proj}});
   return apply(
       "_moe_ffn_pairs", tokens, pair_weights, pair_experts, pair_tokens, gate_up_proj, down_proj,
       gate_up_bias, down_bias, activation, gated, recompute);

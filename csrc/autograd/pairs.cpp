@@ -47,6 +47,11 @@ Tensor pair_weights(
     const Tensor& topk_weights, const Tensor& router_probs, const Tensor& pair_tokens,
     const Tensor& pair_experts, const OptionalTensor& pair_slots, c10::SymInt num_experts,
     double scaling_factor) {
+  check_defined(
+      "_pair_weights", {{"topk_weights", topk_weights},
+                        {"router_probs", router_probs},
+                        {"pair_tokens", pair_tokens},
+                        {"pair_experts", pair_experts}});
   return PairWeights::apply(
       topk_weights, router_probs, pair_tokens, pair_experts, pair_slots, num_experts,
       scaling_factor);

@@ -35,6 +35,7 @@ class Permute : public torch::autograd::Function<Permute> {
 
 std::tuple<Tensor, Tensor, Tensor> permute(
     const Tensor& tokens, const Tensor& topk_ids, c10::SymInt num_experts) {
+  check_defined("permute", {{"tokens", tokens}, {"topk_ids", topk_ids}});
   const auto out = Permute::apply(tokens, topk_ids, num_experts);
   return {out[0], out[1], out[2]};
 }

@@ -30,6 +30,7 @@ class RouterLogits : public torch::autograd::Function<RouterLogits> {
 };
 
 Tensor router_logits(const Tensor& tokens, const Tensor& weight) {
+  check_defined("_router_logits", {{"tokens", tokens}, {"weight", weight}});
   return RouterLogits::apply(tokens, weight);
 }
 

@@ -82,6 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_router(
     const Tensor& router_logits, c10::SymInt top_k, c10::string_view score_function,
     bool renormalize, double scaling_factor, const OptionalTensor& expert_bias, int64_t num_groups,
     int64_t topk_groups) {
+  check_defined("topk_router", {{"router_logits", router_logits}});
   const auto out = TopkRouter::apply(
       router_logits, top_k, score_function, renormalize, scaling_factor, expert_bias, num_groups,
       topk_groups);
@@ -91,6 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_router(
 std::tuple<Tensor, Tensor> router_weights(
     const Tensor& router_logits, const Tensor& topk_ids, c10::string_view score_function,
     bool renormalize, double scaling_factor) {
+  check_defined("_router_weights", {{"router_logits", router_logits}, {"topk_ids", topk_ids}});
   const auto out =
       RouterWeights::apply(router_logits, topk_ids, score_function, renormalize, scaling_factor);
   return {out[0], out[1]};

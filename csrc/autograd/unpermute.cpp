@@ -38,6 +38,7 @@ class Unpermute : public torch::autograd::Function<Unpermute> {
 };
 
 Tensor unpermute(const Tensor& rows, const Tensor& row_map, const OptionalTensor& topk_weights) {
+  check_defined("unpermute", {{"rows", rows}, {"row_map", row_map}});
   return Unpermute::apply(rows, row_map, topk_weights);
 }
 

@@ -41,7 +41,7 @@ inline std::string shape_text(std::initializer_list<Dim> dims) {
 
 // None in place of a tensor arrives as an undefined one.
 inline void check_defined(const char* op, const char* argument, const at::Tensor& tensor) {
-  TORCH_CHECK(tensor.defined(), op, ": ", argument, " must be a tensor, got None");
+  TORCH_CHECK_TYPE(tensor.defined(), op, ": ", argument, " must be a tensor, got None");
 }
 
 inline void check_shape(
