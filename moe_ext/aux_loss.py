@@ -36,11 +36,14 @@ def _in_backward() -> bool:
 class _Kept:
     """A forward's loss, and what became of it."""
 
+    forwards = 0  # of all layers
+
     def __init__(self, loss: Tensor, output: Tensor | None) -> None:
+        _Kept.forwards += 1
         self.loss = loss
         self.is_used = False  # somebody looked at it
         self.is_taken = False  # it was returned, or is in a total
-        self.is_spent = False  # backward went through its forward
+        self.spent_at: int | None = None  # forwards when backward came through its graph
         self._passage = None
         if output is not None and output.requires_grad:
             passage = _Passage(self)
@@ -50,6 +53,13 @@ class _Kept:
     def take(self) -> Tensor:
         self.is_used = self.is_taken = True
         return self.loss
+
+    def can_be_taken(self) -> bool:
+        """Whether its graph may still be there. After backward it is for who kept it and takes the
+        loss right away; a later step finds what is over."""
+        if self.spent_at is None:
+            return True
+        return not self.is_taken and self.spent_at == _Kept.forwards
 
     def is_loose(self) -> bool:
         """Whether the output that belongs to it is gone."""
@@ -65,7 +75,7 @@ class _Passage:
     def __call__(self, grad: Tensor) -> None:
         kept = self._kept()
         if kept is not None:
-            kept.is_spent = True
+            kept.spent_at = _Kept.forwards
 
 
 class HasAuxLoss(nn.Module):
@@ -95,6 +105,7 @@ class HasAuxLoss(nn.Module):
         self._kept: list[_Kept] = []  # of training, in order: what may be part of a loss
         self._compiled_loss: Tensor | None = None
         self._compiled_in_training = False
+        self._compiled_twice = False  # before the loss was taken
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict:
@@ -149,7 +160,7 @@ class HasAuxLoss(nn.Module):
                 "scale",
                 "MoE: inject_aux_loss adds the gradient of the loss as it is, and a GradScaler, "
                 "which float16 needs, multiplies all others by its scale. Call "
-                "moe_ext.set_aux_loss_scale(model, scaler.get_scale()) before each backward, or "
+                "moe_ext.set_aux_loss_scale(model, scaler.get_scale()) before each forward, or "
                 "use moe_ext.total_aux_loss(model).",
             )
         scale = 1.0 if self.aux_loss_scale is None else self.aux_loss_scale
@@ -172,7 +183,7 @@ class HasAuxLoss(nn.Module):
         self.__dict__["_last"] = last  # Module.__setattr__ takes a microsecond
 
     def _let_go(self) -> None:
-        left = [kept for kept in self._kept if not (kept.is_spent or kept.is_taken)]
+        left = [kept for kept in self._kept if kept.spent_at is None and not kept.is_taken]
         loose = [kept for kept in left if kept.is_loose()]
         for kept in loose[:-_MOST_LOOSE]:
             left.remove(kept)
@@ -186,6 +197,7 @@ class HasAuxLoss(nn.Module):
         # is_exporting() says True to every compilation.)
         if is_taken or torch.compiler._is_exporting_flag:
             return
+        self._compiled_twice = self._compiled_loss is not None
         self._compiled_loss = loss
         self._compiled_in_training = self.training
         if self.training and loss.requires_grad:
@@ -265,7 +277,9 @@ def total_aux_loss(model: nn.Module, *, evaluation: bool = False) -> Tensor:
     in which a layer did not run has nothing of it. Asked again before backward, it gives the same
     losses again.
     Forwards in evaluation or under no_grad do not count, so that a validation loss stays what it
-    is. Layers that inject their losses add the values only.
+    is. Layers that inject their losses add the value of their last forward in training, without
+    gradient. It may be taken inside of what is compiled; a layer that runs several times there has
+    to return or inject its loss.
 
     Args:
         model: any module; one without such layers gives zero.
@@ -279,7 +293,7 @@ def total_aux_loss(model: nn.Module, *, evaluation: bool = False) -> Tensor:
     if evaluation:
         losses = [_last_value(layer) for layer in layers]
     elif torch.compiler.is_compiling():
-        losses = [layer.last_aux_loss for layer in layers if layer.training]
+        losses = [_take_compiled(layer) for layer in layers if layer.training]
     else:
         losses = _take_kept(layers)
         losses += [x._injected_loss for x in layers if x.inject_aux_loss and x.training]
@@ -295,13 +309,27 @@ def _last_value(layer: HasAuxLoss) -> Tensor | None:
     return None if loss is None else loss.detach()
 
 
+def _take_compiled(layer: HasAuxLoss) -> Tensor | None:
+    """What the layer kept in the graph that is being compiled, and nothing is left behind."""
+    if layer.inject_aux_loss:
+        return layer._injected_loss
+    if layer._compiled_twice:  # not in a full graph, this is run again without compiling
+        raise RuntimeError(
+            "MoE: a compiled layer that runs several times must return its auxiliary loss "
+            "(return_aux_loss=True) or inject it (inject_aux_loss=True)"
+        )
+    loss, layer._compiled_loss = layer._compiled_loss, None
+    layer._compiled_calls.zero_()
+    return loss
+
+
 def _take_kept(layers: list[HasAuxLoss]) -> list[Tensor]:
     """What the layers' training forwards kept, as far as it can still be differentiated."""
     for layer in layers:
         layer._adopt_compiled()
         if layer._last is not None:
             layer._last.is_used = True
-    live = [x for layer in layers for x in layer._kept if not (x.is_spent and x.is_taken)]
+    live = [kept for layer in layers for kept in layer._kept if kept.can_be_taken()]
     chosen = [kept for kept in live if not kept.is_taken] or live
     for kept in chosen:
         if not kept.is_taken:
@@ -310,8 +338,8 @@ def _take_kept(layers: list[HasAuxLoss]) -> list[Tensor]:
 
 
 def set_aux_loss_scale(model: nn.Module, scale: float | Tensor | None) -> None:
-    """What the gradients of injected losses (`MoE(inject_aux_loss=True)`) are multiplied by from
-    now on: a GradScaler's scale, divided by the number of micro-batches; None: 1."""
+    """What the gradients of injected losses (`MoE(inject_aux_loss=True)`) are multiplied by, from
+    the next forward on: a GradScaler's scale, divided by the number of micro-batches; None: 1."""
     for module in model.modules():
         if isinstance(module, HasAuxLoss):
             module.aux_loss_scale = scale

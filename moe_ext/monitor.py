@@ -49,7 +49,12 @@ class Watched(NamedTuple):
 
 
 def _watch_moe(module: nn.Module, above: Sequence[nn.Module]) -> Watched | None:
-    return Watched(module, module.experts, module.top_k) if isinstance(module, MoE) else None
+    if not isinstance(module, MoE):
+        return None
+    experts = module.experts
+    while hasattr(experts, "base_layer"):  # wrapped, by an adapter say
+        experts = experts.base_layer
+    return Watched(module, experts, module.top_k)
 
 
 # Each tells whether it knows a module, given those above it, the nearest first; integrations add

@@ -85,9 +85,13 @@ def _kinds(model: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
                     yield parameter, "experts"
             for parameter in module.router.parameters():
                 yield parameter, "routers"
-        elif any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
-            for parameter in module.parameters(recurse=False):
-                yield parameter, "experts"
+        else:
+            base = module
+            while hasattr(base, "base_layer"):  # an adapter's wrapper, whose own weights are small
+                base = base.base_layer
+            if any(parameter.dim() == 3 for parameter in base.parameters(recurse=False)):
+                for parameter in module.parameters():
+                    yield parameter, "experts"
 
 
 def update_expert_bias(model: nn.Module) -> int:

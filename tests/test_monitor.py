@@ -642,3 +642,20 @@ class TestGuard:
     def test_bad_options(self, options, message):
         with pytest.raises(ValueError, match="CollapseGuard: " + message):
             CollapseGuard(**options)
+
+
+def test_experts_that_an_adapter_wraps():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer = base
+
+        def forward(self, *arguments):
+            return self.base_layer(*arguments)
+
+    layer = moe_ext.MoE(8, 4, 4, 2)
+    layer.experts = Wrapper(layer.experts)
+    with Monitor(layer, every=1, peak_flops=1.0) as watching:
+        layer(torch.randn(9, 8), return_aux_loss=True)
+        watching.step()
+    assert sum(watching.records[0]["layers"][0]["tokens_per_expert"]) == 18

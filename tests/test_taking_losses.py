@@ -125,6 +125,59 @@ def test_what_was_returned_is_not_totalled_beside_others():
     assert y.requires_grad and loss > 0
 
 
+def test_a_layer_dropped_after_a_step_without_its_loss():
+    """Step 1 takes no loss; in step 2, where the second layer does not run, its old one is over."""
+    model = nn.ModuleList([make_layer(), make_layer()])
+    x = torch.randn(9, H)
+    model[1](model[0](x)).sum().backward()
+    with pytest.warns(UserWarning, match="never used"):
+        y = model[0](x)
+    total = total_aux_loss(model)
+    assert torch.equal(total, model[0].last_aux_loss)
+    (y.sum() + total).backward()
+    model[1](x).sum().backward()
+    model.eval()
+    model[0](x)
+    assert total_aux_loss(model) == 0
+
+
+class TotalInside(nn.Module):
+    """A model that adds its layers' loss itself, as many do."""
+
+    def __init__(self, calls: int):
+        super().__init__()
+        self.layer, self.calls = make_layer(), calls
+
+    def forward(self, x):
+        for _ in range(self.calls):
+            x = self.layer(x)
+        return x.square().sum() + total_aux_loss(self)
+
+
+def test_a_total_inside_of_what_is_compiled(messages):
+    model, x = TotalInside(1), torch.randn(9, H)
+    expected = router_grad(model.layer, lambda x: model(x))
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(3):
+        assert relative_error(router_grad(model.layer, lambda x: run(x)), expected) < 1e-5
+        optimizer.step()
+    model.eval()
+    assert torch.equal(model(x), model.layer(x).square().sum())  # nothing of training is left
+    assert total_aux_loss(model) == 0 and not messages
+
+
+def test_several_calls_and_a_total_inside_of_what_is_compiled():
+    model = TotalInside(2)
+    expected = router_grad(model.layer, lambda x: model(x))
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="must return its auxiliary loss"):
+        run(torch.randn(9, H))
+    torch.compiler.reset()
+    broken = torch.compile(model, backend="aot_eager")  # falls back, and counts both
+    assert relative_error(router_grad(model.layer, lambda x: broken(x)), expected) < 1e-5
+
+
 def test_two_losses_of_two_forwards():
     """Each total has its own forward's."""
     layer, parts = make_layer(), [torch.randn(9, H), torch.randn(9, H)]

@@ -91,6 +91,28 @@ def test_hugging_face_experts():
     assert groups["experts, no decay"] == {f"{at}.gate_up_proj_bias", f"{at}.down_proj_bias"}
 
 
+def test_adapters_on_experts():
+    """Their weights have two dimensions and lie in a wrapper beside the stack."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer = base
+            self.lora_a = nn.Parameter(torch.zeros(2 * E, H))
+
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.zeros(E, 2 * I, H))
+
+    model = nn.ModuleDict({"experts": Wrapper(Wrapper(Stack())), "head": nn.Linear(H, 2)})
+    assert named_groups(model)["experts"] == {
+        "experts.lora_a",
+        "experts.base_layer.lora_a",
+        "experts.base_layer.base_layer.gate_up_proj",
+    }
+
+
 def test_an_optimizer_takes_the_groups():
     model, ids = Block(), torch.randint(16, (4, 7))
     optimizer = torch.optim.AdamW(moe_ext.param_groups(model, lr=1e-2, weight_decay=0.1))
@@ -131,6 +153,6 @@ def test_muon_trains():
         model.zero_grad()
         (loss + moe_ext.total_aux_loss(model)).backward()
         for optimizer in optimizers:
-            optimizer.step()
+            assert optimizer.step(lambda loss=loss: loss) is loss  # as frameworks call it
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
