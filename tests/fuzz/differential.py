@@ -391,22 +391,29 @@ def kinks(c: Case, experts: loops.Experts) -> bool:
     return experts.nearest_kink < near
 
 
+_WEIGHTS = ("row_weights", "topk_weights", "pair_weights")
+
+
 def expert_comparison(c: Case, inputs: dict, options: dict, operator, loop) -> Comparison | list:
     """operator(inputs), loop(inputs, experts)."""
     with torch.no_grad():
         probe = {n: t.double() for n, t in inputs.items()}
         experts = loop_experts(probe, options)
-        loop(probe, experts)
+        unweighted = {n: torch.ones_like(t) if n in _WEIGHTS else t for n, t in probe.items()}
+        rows = loop(unweighted, experts)
     if kinks(c, experts):
         return []
-    products = c.sizes["H"] ** 0.5  # a weight's gradient is a product of rows of H
+    # A weight's gradient is a product of an expert's row [H], whose size the activation decides,
+    # and of a row of output gradients of size 1.
+    size = rows.square().mean().sqrt().item() if rows.numel() else 0.0
+    products = c.sizes["H"] ** 0.5 * max(size, 1.0)
     return Comparison(
         lambda **inputs: operator(inputs),
         lambda **inputs: loop(inputs, loop_experts(inputs, options)),
         inputs,
         c.dtype,
         str(options),
-        {name: products for name in ("row_weights", "topk_weights", "pair_weights")},
+        {name: products for name in _WEIGHTS},
     )
 
 
