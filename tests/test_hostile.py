@@ -124,6 +124,12 @@ def test_huge_numbers(call, size):
         ),
         lambda n: ops._expert_choice(torch.empty(0, n), None, 1),
         lambda n: ops._tokens_per_expert(ids(1, 0).expand(n, 0), E),
+        lambda n: ops._router_logits_backward(
+            torch.rand(1, E).expand(n, E),
+            torch.rand(1, H).expand(n, H),
+            torch.rand(E, H),
+            [False, True],
+        ),
         lambda n: moe_ext.permute(torch.rand(1, 0).expand(n, 0), ids(1, 0).expand(n, 0), E),
         lambda n: moe_ext.unpermute(torch.rand(0, 0), row_map([[]]).expand(n, 0)),
         lambda n: ops._apply_capacity(
@@ -149,6 +155,21 @@ def test_capacity_factors(factor):
     )
     is_limited = factor <= 0  # NaN and infinity are no limit; an expert has T slots at most
     assert (kept >= 0).sum() == (2 if is_limited else T)
+
+
+@pytest.mark.parametrize("noise", [-1e300, -0.5, 0.0, 1.0, float("nan"), float("inf")])
+def test_noise_outside_of_its_range(noise):
+    """An expert without a remainder is at a multiple already, whatever the noise."""
+    noise = torch.full((E,), noise, dtype=torch.float64)
+    pair_tokens, pair_experts, _, _ = ops._round_tokens(
+        torch.rand(T, E),
+        torch.rand(T, 1),
+        ids(T, 1),
+        tile_size=2,
+        rounding="stochastic",
+        noise=noise,
+    )
+    assert (pair_experts[pair_tokens >= 0] == 0).all() and (pair_tokens >= 0).sum() == T
 
 
 def test_negative_ids_raise_everywhere():

@@ -35,7 +35,9 @@ static MOE_HOST_DEVICE int64_t round_count(
   bool up = false;
   if (rounding == Rounding::kNearest) up = 2 * remainder > M;
   if (rounding == Rounding::kUp) up = remainder > 0;
-  if (rounding == Rounding::kStochastic) up = noise[e] * static_cast<double>(M) < remainder;
+  if (rounding == Rounding::kStochastic) {
+    up = remainder > 0 && noise[e] * static_cast<double>(M) < remainder;
+  }
   if (rounding == Rounding::kBalanced && remainder > 0) {
     // Before e come the experts that can go up and have a larger remainder.
     int64_t remainders = 0, before = 0;

@@ -25,6 +25,7 @@ at::Tensor as_weights(const at::Tensor& weight, at::ScalarType dtype) {
 
 at::Tensor router_logits(const at::Tensor& tokens, const at::Tensor& weight_) {
   check_router_logits(tokens, weight_);
+  check_count("_router_logits", "tokens", "rows", tokens.size(0));
   const at::ScalarType dtype = router_logits_dtype(tokens, weight_);
   const at::Tensor weight = as_weights(weight_, dtype);
   return product(with_dense_rows(tokens.to(dtype)), weights_of(weight), weight_.size(0));
@@ -34,6 +35,7 @@ std::tuple<at::Tensor, at::Tensor> router_logits_backward(
     const at::Tensor& grad_logits_, const at::Tensor& tokens_, const at::Tensor& weight_,
     std::array<bool, 2> output_mask) {
   check_router_logits_backward(grad_logits_, tokens_, weight_);
+  check_count("_router_logits_backward", "tokens", "rows", tokens_.size(0));
   const at::ScalarType dtype = router_logits_dtype(tokens_, weight_);
   const at::Tensor grad_logits = with_dense_rows(grad_logits_.to(dtype));
   at::Tensor grad_tokens, grad_weight;

@@ -23,7 +23,8 @@ TORCHS_OWN = re.compile(
     r"Overflow when unpacking long|data is not allocated yet|doesn't have storage|"
     r"Inference tensors cannot be saved for backward|Cannot access (data|storage)|"
     r"Tried to convert a List with \d+ elements to a fixed-size array|"
-    r"out of bounds for storage of size|DefaultCPUAllocator: can't allocate memory"
+    r"out of bounds for storage of size|DefaultCPUAllocator: can't allocate memory|"
+    r"invalid gradient at index 0 - expected device"
 )
 
 # What may come of a call.
