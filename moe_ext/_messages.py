@@ -35,6 +35,13 @@ def warn(text: str) -> None:
     warnings.warn(text, stacklevel=2 if frame is None else level)
 
 
+def warn_once(warned: set[str], reason: str, text: str) -> None:
+    """`warn`, unless the reason is among those warned of; never while torch compiles."""
+    if not torch.compiler.is_compiling() and reason not in warned:
+        warned.add(reason)
+        warn(text)
+
+
 def need(who: str, condition: bool, argument: str, must_be: str, got: object) -> None:
     """Raises ValueError unless the condition holds."""
     if not condition:

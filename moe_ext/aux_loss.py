@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from moe_ext._buffers import writable
-from moe_ext._messages import warn
+from moe_ext._messages import warn_once
 
 # So many losses of forwards whose outputs are gone are held: they may be several calls of one
 # step, but each holds the memory of what came before its layer.
@@ -97,21 +97,24 @@ class HasAuxLoss(nn.Module):
             calls = torch.zeros((), device=device, dtype=torch.int64)
         self.register_buffer("_injected_loss", injected, persistent=False)
         self.register_buffer("_compiled_calls", calls, persistent=False)
-        self._forget()
+        self.__dict__.update(self._no_losses())
         _layers.add(self)
 
-    def _forget(self) -> None:
-        self._last: _Kept | None = None
-        self._kept: list[_Kept] = []  # of training, in order: what may be part of a loss
-        self._compiled_loss: Tensor | None = None
-        self._compiled_in_training = False
-        self._compiled_twice = False  # before the loss was taken
-        self._warned: set[str] = set()
+    @staticmethod
+    def _no_losses() -> dict:
+        """The attributes of a layer that has not run."""
+        return {
+            "_last": None,  # _Kept
+            "_kept": [],  # of training, in order: what may be part of a loss
+            "_compiled_loss": None,
+            "_compiled_in_training": False,
+            "_compiled_twice": False,  # before the loss was taken
+            "_warned": set(),
+        }
 
     def __getstate__(self) -> dict:
         # The losses hang on their graphs, which can be neither copied nor pickled.
-        own = {"_last": None, "_kept": [], "_compiled_loss": None, "_warned": set()}
-        return {**self.__dict__, **own}
+        return {**self.__dict__, **self._no_losses()}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -156,7 +159,8 @@ class HasAuxLoss(nn.Module):
 
     def _inject(self, y: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         if self.aux_loss_scale is None and y.dtype == torch.float16 and y.requires_grad:
-            self._warn_once(
+            warn_once(
+                self._warned,
                 "scale",
                 "MoE: inject_aux_loss adds the gradient of the loss as it is, and a GradScaler, "
                 "which float16 needs, multiplies all others by its scale. Call "
@@ -217,7 +221,8 @@ class HasAuxLoss(nn.Module):
             calls = self._compiled_calls.item()
             self._compiled_calls.zero_()
             if calls > 1:
-                self._warn_once(
+                warn_once(
+                    self._warned,
                     "calls",
                     f"MoE: a compiled layer ran {calls} times since its auxiliary loss was last "
                     "taken, and only the last loss is known. Use return_aux_loss=True or "
@@ -238,13 +243,9 @@ class HasAuxLoss(nn.Module):
             )
         self._warn_unused()
 
-    def _warn_once(self, reason: str, text: str) -> None:
-        if not torch.compiler.is_compiling() and reason not in self._warned:
-            self._warned.add(reason)
-            warn(text)
-
     def _warn_unused(self) -> None:
-        self._warn_once(
+        warn_once(
+            self._warned,
             "unused",
             "MoE: a forward's auxiliary loss was never used, so the experts may collapse. Add "
             "moe_ext.total_aux_loss(model) to the loss, or use return_aux_loss=True, "

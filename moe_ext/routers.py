@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe_ext import ops
 from moe_ext._buffers import writable
-from moe_ext._messages import need, need_bool, need_choice, need_int, need_number, warn
+from moe_ext._messages import need, need_bool, need_choice, need_int, need_number, warn_once
 
 _ops = torch.ops.moe_ext
 
@@ -209,11 +209,6 @@ class TopKRouter(nn.Module):
     def num_experts(self) -> int:
         return self.weight.shape[0]
 
-    def _warn_once(self, reason: str, text: str) -> None:
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warn(text)
-
     def reset_parameters(self) -> None:
         """Normal with standard deviation init_std; no bias, no counts."""
         for parameter in self.parameters():
@@ -380,9 +375,10 @@ class TopKRouter(nn.Module):
         has_tiles = num_tokens * self.top_k >= 2 * num_experts * self.tile_size
         if has_tiles and num_tokens >= self.tile_size:
             return True
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # the text would be traced
             tiles = num_tokens * self.top_k / (num_experts * self.tile_size)
-            self._warn_once(
+            warn_once(
+                self._warned,
                 "rounding",
                 f"{type(self).__name__}: token rounding to {self.tile_size} is off where T < "
                 "tile_size or T K / (E tile_size) < 2, since it would cost quality; here T = "
@@ -490,7 +486,8 @@ class TopKRouter(nn.Module):
             )
         has_ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if self.process_group is None and has_ranks:
-            self._warn_once(
+            warn_once(
+                self._warned,
                 "ranks",
                 f"{type(self).__name__}.update_expert_bias: there are {dist.get_world_size()} "
                 "ranks and no process_group, so each moves its own bias by its own counts. Set "

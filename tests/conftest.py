@@ -37,6 +37,13 @@ def on_device(device):
     torch.set_default_device(None)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Layers of other options share their code, of which only so many versions are kept."""
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import moe_ext
 from moe_ext import reference
 
-pytestmark = pytest.mark.usefixtures("on_device")
+pytestmark = pytest.mark.usefixtures("on_device", "fresh_compiler")
 
 H, I, E, K = 10, 6, 6, 2
 NOISE_SEED = 7
@@ -47,13 +47,6 @@ ROUTERS = {
         moe_ext.HierarchicalRouter, num_groups=2, capacity_factor=0.8, min_capacity=1
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    """Layers of other options share their code, of which only so many versions are kept."""
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture(params=list(ROUTERS))

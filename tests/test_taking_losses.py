@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import moe_ext
 from moe_ext import total_aux_loss
 
-pytestmark = pytest.mark.usefixtures("on_device")
+pytestmark = pytest.mark.usefixtures("on_device", "fresh_compiler")
 
 H, I, E, K = 12, 8, 6, 2
 
