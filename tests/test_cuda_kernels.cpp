@@ -152,7 +152,7 @@ void test_plan(int64_t N, int64_t E, int kind, std::mt19937& random) {
 // Through permute, unpermute and its backward in a storage type, against sums in double.
 template <class T>
 void test_rows(
-    cuda::Type type, int64_t tokens, int64_t K, int64_t E, int64_t H, int64_t offset, int kind,
+    moe_ext::Type type, int64_t tokens, int64_t K, int64_t E, int64_t H, int64_t offset, int kind,
     double tolerance, std::mt19937& random) {
   const std::string name = "rows of type " + std::to_string(static_cast<int>(type)) + ", H " +
                            std::to_string(H) + ", kind " + std::to_string(kind);
@@ -220,13 +220,15 @@ struct GroupedRows {
     while (row >= offsets[e + 1]) ++e;
     return e;
   }
-  cuda::ExpertRows rows(cuda::Type type) const { return {type, kRows, kExperts, offsets.data()}; }
+  cuda::ExpertRows rows(moe_ext::Type type) const {
+    return {type, kRows, kExperts, offsets.data()};
+  }
 };
 
 // The products of both kinds against sums in double; k_dense: how the weights lie.
 template <class T>
 void test_products(
-    cuda::Type type, bool tf32, int64_t N, int64_t K, bool k_dense, int64_t offset,
+    moe_ext::Type type, bool tf32, int64_t N, int64_t K, bool k_dense, int64_t offset,
     double tolerance, std::mt19937& random) {
   const std::string name = "product of type " + std::to_string(static_cast<int>(type)) + " tf32 " +
                            std::to_string(tf32) + " N " + std::to_string(N) + " K " +
@@ -284,7 +286,7 @@ void test_products(
 // What is done to rows between the products, against the same in double.
 template <class T>
 void test_experts(
-    cuda::Type type, moe_ext::Activation activation, bool gated, int64_t I, int64_t H,
+    moe_ext::Type type, moe_ext::Activation activation, bool gated, int64_t I, int64_t H,
     bool with_slots, int64_t offset, double tolerance, std::mt19937& random) {
   const std::string name = "experts of type " + std::to_string(static_cast<int>(type)) +
                            " activation " + std::to_string(static_cast<int>(activation)) +
@@ -415,7 +417,7 @@ void test_pairs(
   const std::string name = "pairs T " + std::to_string(tokens) + " K " + std::to_string(K) + " E " +
                            std::to_string(E) + " M " + std::to_string(M) + " bytes " +
                            std::to_string(sizeof(T));
-  const cuda::Type type = sizeof(T) == 8 ? cuda::Type::kF64 : cuda::Type::kF32;
+  const moe_ext::Type type = sizeof(T) == 8 ? moe_ext::Type::kF64 : moe_ext::Type::kF32;
   const int64_t N = tokens * K;
   std::vector<T> weights = randoms<T>(N, random), probs = randoms<T>(tokens * E, random);
   const auto coarsen = [&](T& value) {
@@ -572,14 +574,15 @@ void test_router(
           "router E " + std::to_string(E) + " K " + std::to_string(K) + " groups " +
           std::to_string(groups) + " renormalize " + std::to_string(renormalize) + " score " +
           std::to_string(static_cast<int>(score)) + " bytes " + std::to_string(sizeof(T));
-      const cuda::RouterArgs args{kWide ? cuda::Type::kF64 : cuda::Type::kF32,
-                                  tokens,
-                                  E,
-                                  K,
-                                  score,
-                                  renormalize,
-                                  1.5,
-                                  logits.data()};
+      const cuda::RouterArgs args{
+          kWide ? moe_ext::Type::kF64 : moe_ext::Type::kF32,
+          tokens,
+          E,
+          K,
+          score,
+          renormalize,
+          1.5,
+          logits.data()};
       const cpu::RouterArgs twin_args{E, K, score, renormalize, 1.5, logits.data()};
       const T* bias_data = with_bias ? bias.data() : nullptr;
       std::vector<char> scratch(twin.scratch_bytes(E, K) + 64);
@@ -633,7 +636,7 @@ void test_losses(
 
   std::vector<char> workspace(cuda::loss_workspace(S, E) + 64);
   const cuda::LossArgs args{
-      sizeof(T) == 8 ? cuda::Type::kF64 : cuda::Type::kF32, tokens, E,
+      sizeof(T) == 8 ? moe_ext::Type::kF64 : moe_ext::Type::kF32, tokens, E,
       masked == 0 ? nullptr : mask.get(), workspace.data()};
   std::vector<T> loss(1), z_loss(1), entropy(1), row(S * E), grad_probs(tokens * E),
       grad_logits(tokens * E);
@@ -701,10 +704,10 @@ int main() {
     for (const int64_t N : {0, 1, 40, 700}) test_plan(N, 9, kind, random);
     for (const int64_t H : {1, 8, 33, 600}) {
       for (const int64_t offset : {0, 1}) {
-        test_rows<double>(cuda::Type::kF64, 19, 3, 5, H, offset, kind, 1e-14, random);
-        test_rows<float>(cuda::Type::kF32, 19, 3, 5, H, offset, kind, 1e-6, random);
-        test_rows<BFloat16>(cuda::Type::kBf16, 19, 3, 5, H, offset, kind, 1.0 / 128, random);
-        test_rows<Half>(cuda::Type::kF16, 19, 3, 5, H, offset, kind, 1.0 / 1024, random);
+        test_rows<double>(moe_ext::Type::kF64, 19, 3, 5, H, offset, kind, 1e-14, random);
+        test_rows<float>(moe_ext::Type::kF32, 19, 3, 5, H, offset, kind, 1e-6, random);
+        test_rows<BFloat16>(moe_ext::Type::kBf16, 19, 3, 5, H, offset, kind, 1.0 / 128, random);
+        test_rows<Half>(moe_ext::Type::kF16, 19, 3, 5, H, offset, kind, 1.0 / 1024, random);
       }
     }
   }
@@ -713,11 +716,12 @@ int main() {
   };
   for (const bool k_dense : {true, false}) {
     for (const auto& [N, K, offset] : {Sizes{1, 1, 1}, {24, 40, 0}, {130, 19, 1}}) {
-      test_products<double>(cuda::Type::kF64, false, N, K, k_dense, offset, 1e-14, random);
-      test_products<float>(cuda::Type::kF32, false, N, K, k_dense, offset, 1e-5, random);
-      test_products<float>(cuda::Type::kF32, true, N, K, k_dense, offset, 1.0 / 1024, random);
-      test_products<BFloat16>(cuda::Type::kBf16, false, N, K, k_dense, offset, 1.0 / 128, random);
-      test_products<Half>(cuda::Type::kF16, false, N, K, k_dense, offset, 1.0 / 1024, random);
+      test_products<double>(moe_ext::Type::kF64, false, N, K, k_dense, offset, 1e-14, random);
+      test_products<float>(moe_ext::Type::kF32, false, N, K, k_dense, offset, 1e-5, random);
+      test_products<float>(moe_ext::Type::kF32, true, N, K, k_dense, offset, 1.0 / 1024, random);
+      test_products<BFloat16>(
+          moe_ext::Type::kBf16, false, N, K, k_dense, offset, 1.0 / 128, random);
+      test_products<Half>(moe_ext::Type::kF16, false, N, K, k_dense, offset, 1.0 / 1024, random);
     }
   }
   for (int i = 0; i < 7; ++i) {
@@ -726,14 +730,14 @@ int main() {
       if (activation == moe_ext::Activation::kSwigluClamped && !gated) continue;
       const int64_t offset = i % 2, I = i % 3 == 0 ? 1100 : 24;
       test_experts<double>(
-          cuda::Type::kF64, activation, gated, 10, 33, gated, offset, 1e-13, random);
+          moe_ext::Type::kF64, activation, gated, 10, 33, gated, offset, 1e-13, random);
       if (i % 2) {
         test_experts<BFloat16>(
-            cuda::Type::kBf16, activation, gated, I, 40, gated, 0, 1.0 / 128, random);
+            moe_ext::Type::kBf16, activation, gated, I, 40, gated, 0, 1.0 / 128, random);
         test_experts<Half>(
-            cuda::Type::kF16, activation, gated, 7, 40, !gated, 1, 1.0 / 1024, random);
+            moe_ext::Type::kF16, activation, gated, 7, 40, !gated, 1, 1.0 / 1024, random);
       } else {
-        test_experts<float>(cuda::Type::kF32, activation, gated, I, 40, gated, 0, 1e-5, random);
+        test_experts<float>(moe_ext::Type::kF32, activation, gated, I, 40, gated, 0, 1e-5, random);
       }
     }
   }

@@ -21,6 +21,7 @@
 
 using namespace moe_ext::kernels;
 using moe_ext::Activation;
+using moe_ext::Type;
 
 namespace {
 

@@ -11,8 +11,6 @@
 
 namespace moe_ext::cpu {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int64_t piece_cols(int64_t columns) { return ceil_div(columns, kernels::kPieceCols); }
 
 // The rows of every expert in equal chunks of at most max_rows; idle experts have none.

@@ -11,10 +11,10 @@
 namespace moe_ext::cpu {
 
 inline const kernels::TypeKernels& kernels_for(at::ScalarType dtype) {
-  const auto type = dtype == at::kDouble     ? kernels::Type::kF64
-                    : dtype == at::kFloat    ? kernels::Type::kF32
-                    : dtype == at::kBFloat16 ? kernels::Type::kBf16
-                                             : kernels::Type::kF16;
+  const auto type = dtype == at::kDouble     ? Type::kF64
+                    : dtype == at::kFloat    ? Type::kF32
+                    : dtype == at::kBFloat16 ? Type::kBf16
+                                             : Type::kF16;
   return kernels::current().type[static_cast<int>(type)];
 }
 

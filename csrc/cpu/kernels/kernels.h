@@ -9,6 +9,7 @@
 
 #include "common/activation.h"
 #include "common/score_function.h"
+#include "common/types.h"
 
 namespace moe_ext::kernels {
 
@@ -18,8 +19,6 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
-
-enum class Type { kF64, kF32, kBf16, kF16 };
 
 // Columns of a matrix product that one piece computes, and of weights' gradients per piece.
 constexpr int64_t kPieceCols = 64;

@@ -100,8 +100,6 @@ void dispatch_ids(IdType type, const void* ids, const Fn& fn) {
   fn(static_cast<const int32_t*>(ids));
 }
 
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 __device__ inline int lane() { return threadIdx.x % kWarp; }
 
 // Every lane gets the sum, in an order that does not depend on the lane.

@@ -9,13 +9,13 @@
 #include "common/activation.h"
 #include "common/score_function.h"
 #include "common/token_rounding.h"
+#include "common/types.h"
 #ifndef MOE_EXT_CUDA_EMULATION
 #include <cuda_runtime_api.h>
 #endif
 
 namespace moe_ext::cuda {
 
-enum class Type { kF64, kF32, kBf16, kF16 };
 enum class IdType { kI32, kI64 };
 
 // Where every slot goes: a stable sort by expert of the slots in `order` (or null: as they come; -1
