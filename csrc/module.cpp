@@ -32,10 +32,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of moe_ext; the operators are in torch.ops.moe_ext.";
   m.def("build_info", &build_info, "What this extension was built with.");
   m.def(
-      "cpu_isa", [] { return moe_ext::kernels::current().isa; },
+      "cpu_isa", [] { return moe_ext::cpu::kernels::current().isa; },
       "The instruction set that the CPU operators run on.");
   m.def(
       "set_cpu_isa",
-      [](const std::string& name) { return moe_ext::kernels::set_isa(name.c_str()); },
+      [](const std::string& name) { return moe_ext::cpu::kernels::set_isa(name.c_str()); },
       "Caps the instruction set; False if this machine lacks it.");
 }

@@ -3,6 +3,16 @@
 namespace moe_ext::autograd {
 namespace {
 
+std::tuple<Tensor, Tensor> load_balancing_loss_forward(
+    const Tensor& router_probs, const Tensor& topk_ids, const OptionalTensor& token_mask,
+    bool normalize_by_topk, const c10::SymInt& num_sequences, const OptionalTensor& expert_share) {
+  static const auto op = find_op<std::tuple<Tensor, Tensor>(
+      const Tensor&, const Tensor&, const OptionalTensor&, bool, c10::SymInt,
+      const OptionalTensor&)>("moe_ext::_load_balancing_loss_forward");
+  return op.call(
+      router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share);
+}
+
 class LoadBalancingLoss : public torch::autograd::Function<LoadBalancingLoss> {
  public:
   static Tensor forward(
@@ -10,11 +20,8 @@ class LoadBalancingLoss : public torch::autograd::Function<LoadBalancingLoss> {
       const OptionalTensor& token_mask, bool normalize_by_topk, const c10::SymInt& num_sequences,
       const OptionalTensor& expert_share) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    static const auto op = find_op<std::tuple<Tensor, Tensor>(
-        const Tensor&, const Tensor&, const OptionalTensor&, bool, c10::SymInt,
-        const OptionalTensor&)>("moe_ext::_load_balancing_loss_forward");
-    auto [loss, grad_row] =
-        op.call(router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share);
+    const auto [loss, grad_row] = load_balancing_loss_forward(
+        router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share);
     ctx->save_for_backward({grad_row, topk_ids, token_mask.value_or(Tensor())});
     ctx->saved_data["dtype"] = static_cast<int64_t>(router_probs.scalar_type());
     ctx->set_materialize_grads(false);
@@ -71,6 +78,13 @@ Tensor load_balancing_loss(
       router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share);
 }
 
+Tensor load_balancing_loss_below_autograd(
+    const Tensor& router_probs, const Tensor& topk_ids, const OptionalTensor& token_mask,
+    bool normalize_by_topk, c10::SymInt num_sequences, const OptionalTensor& expert_share) {
+  return std::get<0>(load_balancing_loss_forward(
+      router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share));
+}
+
 Tensor router_z_loss(const Tensor& router_logits, const OptionalTensor& token_mask) {
   check_defined("router_z_loss", {{"router_logits", router_logits}});
   return RouterZLoss::apply(router_logits, token_mask);
@@ -81,6 +95,9 @@ Tensor router_z_loss(const Tensor& router_logits, const OptionalTensor& token_ma
 TORCH_LIBRARY_IMPL(moe_ext, Autograd, m) {
   m.impl("load_balancing_loss", load_balancing_loss);
   m.impl("router_z_loss", router_z_loss);
+}
+TORCH_LIBRARY_IMPL(moe_ext, CompositeExplicitAutograd, m) {
+  m.impl("load_balancing_loss", load_balancing_loss_below_autograd);
 }
 
 }  // namespace moe_ext::autograd

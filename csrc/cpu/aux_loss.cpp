@@ -6,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu/kernels/aux_loss.h"
 #include "cpu/operands.h"
 #include "cpu/plan.h"
 #include "cpu/register.h"
@@ -19,26 +20,6 @@ constexpr int64_t kTokensPerBlock = 256;
 
 int64_t num_blocks(int64_t T) { return (T + kTokensPerBlock - 1) / kTokensPerBlock; }
 
-// kernels
-
-// counts[e] += the number of ids that name e, over the unmasked tokens of [begin, end).
-template <class Id>
-void count_kernel(
-    const char* op, const Id* ids, const bool* mask, int64_t begin, int64_t end, int64_t K,
-    int64_t E, int64_t* counts) {
-  for (int64_t t = begin; t < end; ++t) {
-    if (mask && !mask[t]) continue;
-    for (int64_t k = 0; k < K; ++k) {
-      check_id(op, "topk_ids", ids[t * K + k]);
-      if (is_valid(ids[t * K + k], E)) ++counts[ids[t * K + k]];
-    }
-  }
-}
-
-int64_t count_unmasked(const bool* mask, int64_t T) {
-  return mask ? std::count(mask, mask + T, true) : T;
-}
-
 // The sum of fn(begin, end) over the blocks of tokens [first, last).
 template <class Fn>
 double sum_over_blocks(int64_t first, int64_t last, const Fn& fn) {
@@ -51,22 +32,6 @@ double sum_over_blocks(int64_t first, int64_t last, const Fn& fn) {
     }
   });
   return std::accumulate(partial.begin(), partial.end(), 0.0);
-}
-
-// The sum over unmasked tokens of the entropy of their probabilities.
-template <class T>
-double sum_entropies(const T* probs, int64_t E, const bool* mask, int64_t begin, int64_t end) {
-  double sum = 0;
-  for (int64_t t = begin; t < end; ++t) {
-    if (mask && !mask[t]) continue;
-    T entropy = 0;
-    for (int64_t e = 0; e < E; ++e) {
-      const T p = probs[t * E + e];
-      if (p > 0) entropy -= p * std::log(p);
-    }
-    sum += entropy;
-  }
-  return sum;
 }
 
 // operators
@@ -85,14 +50,15 @@ std::vector<int64_t> count_experts(
     int64_t E) {
   const at::Tensor topk_ids = topk_ids_.contiguous();
   std::vector<int64_t> counts(E, 0);
+  const int64_t K = topk_ids.size(1);
+  const auto count = [&](const auto* ids) {
+    const int64_t stopped = kernels::count_choices(ids, mask, begin, end, K, E, counts.data());
+    if (stopped < end * K) check_id(op, "topk_ids", ids[stopped]);
+  };
   if (topk_ids.scalar_type() == at::kLong) {
-    count_kernel(
-        op, topk_ids.const_data_ptr<int64_t>(), mask, begin, end, topk_ids.size(1), E,
-        counts.data());
+    count(topk_ids.const_data_ptr<int64_t>());
   } else {
-    count_kernel(
-        op, topk_ids.const_data_ptr<int32_t>(), mask, begin, end, topk_ids.size(1), E,
-        counts.data());
+    count(topk_ids.const_data_ptr<int32_t>());
   }
   return counts;
 }
@@ -111,7 +77,7 @@ std::tuple<at::Tensor, at::Tensor> load_balancing_loss_forward(
   const bool* mask = data_or_null<bool>(mask_tensor);
   std::vector<int64_t> unmasked;  // tokens of each sequence
   for (int64_t s = 0; s < num_sequences; ++s) {
-    unmasked.push_back(mask ? count_unmasked(mask + s * length, length) : length);
+    unmasked.push_back(mask ? kernels::count_unmasked(mask + s * length, length) : length);
   }
   const auto used = static_cast<double>(
       std::count_if(unmasked.begin(), unmasked.end(), [](int64_t n) { return n > 0; }));
@@ -119,7 +85,7 @@ std::tuple<at::Tensor, at::Tensor> load_balancing_loss_forward(
   MOE_DISPATCH_COMPUTE(probs.scalar_type(), "load_balancing_loss", [&] {
     const scalar_t* p = probs.const_data_ptr<scalar_t>();
     scalar_t* grad_row = std::get<1>(outputs).mutable_data_ptr<scalar_t>();
-    const auto& kernels = router_kernels_for(probs.scalar_type());
+    const auto& router = router_kernels_for(probs.scalar_type());
     double loss = 0;
     for (int64_t s = 0; s < num_sequences; ++s, grad_row += E) {
       const int64_t first = s * length, last = first + length;
@@ -138,20 +104,12 @@ std::tuple<at::Tensor, at::Tensor> load_balancing_loss_forward(
       }
       // loss = sum_t <grad_row, probs[t]>
       loss += sum_over_blocks(first, last, [&](int64_t begin, int64_t end) {
-        return kernels.sum_dots(p, grad_row, E, mask, begin, end);
+        return router.sum_dots(p, grad_row, E, mask, begin, end);
       });
     }
     *std::get<0>(outputs).mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(loss);
   });
   return outputs;
-}
-
-at::Tensor load_balancing_loss(
-    const at::Tensor& router_probs, const at::Tensor& topk_ids,
-    const std::optional<at::Tensor>& token_mask, bool normalize_by_topk, int64_t num_sequences,
-    const std::optional<at::Tensor>& expert_share) {
-  return std::get<0>(load_balancing_loss_forward(
-      router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share));
 }
 
 at::Tensor load_balancing_loss_backward(
@@ -169,11 +127,7 @@ at::Tensor load_balancing_loss_backward(
     const scalar_t* row = grad_row.const_data_ptr<scalar_t>();
     scalar_t* out = grad_probs.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, topk_ids.size(0), kTokensPerBlock, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const bool counts = !mask || mask[t];
-        const scalar_t* from = row + t / length * E;
-        for (int64_t e = 0; e < E; ++e) out[t * E + e] = counts ? g * from[e] : scalar_t(0);
-      }
+      kernels::spread_grad_row(g, row, mask, length, E, begin, end, out);
     });
   });
   return grad_probs;
@@ -188,13 +142,13 @@ at::Tensor router_z_loss(
   const at::Tensor mask_tensor = contiguous_in(token_mask, at::kBool);
   const bool* mask = data_or_null<bool>(mask_tensor);
   const at::Tensor out = empty_mean(router_logits);
-  const auto& kernels = router_kernels_for(logits.scalar_type());
+  const auto& router = router_kernels_for(logits.scalar_type());
   const void* z = logits.const_data_ptr();
   const double sum = sum_over_blocks(0, T, [&](int64_t begin, int64_t end) {
-    std::vector<char> scratch(kernels.scratch_bytes(E, 0));
-    return kernels.z_loss(z, E, mask, begin, end, scratch.data());
+    std::vector<char> scratch(router.scratch_bytes(E, 0));
+    return router.z_loss(z, E, mask, begin, end, scratch.data());
   });
-  write_mean(out, sum, count_unmasked(mask, T));
+  write_mean(out, sum, kernels::count_unmasked(mask, T));
   return out;
 }
 
@@ -206,16 +160,16 @@ at::Tensor router_z_loss_backward(
   const at::Tensor logits = contiguous_in(router_logits, dtype);
   const at::Tensor mask_tensor = contiguous_in(token_mask, at::kBool);
   const bool* mask = data_or_null<bool>(mask_tensor);
-  const int64_t num_tokens = count_unmasked(mask, logits.size(0));
+  const int64_t num_tokens = kernels::count_unmasked(mask, logits.size(0));
   const at::Tensor grad_logits = at::empty_like(logits);
-  const auto& kernels = router_kernels_for(dtype);
+  const auto& router = router_kernels_for(dtype);
   const double scale =
       num_tokens > 0 ? grad_loss.item<double>() / static_cast<double>(num_tokens) : 0.0;
   const void* z = logits.const_data_ptr();
   void* dz = grad_logits.mutable_data_ptr();
   const int64_t E = logits.size(1);
   at::parallel_for(0, logits.size(0), kTokensPerBlock, [&](int64_t begin, int64_t end) {
-    kernels.z_loss_backward(z, E, mask, scale, begin, end, dz);
+    router.z_loss_backward(z, E, mask, scale, begin, end, dz);
   });
   return grad_logits.to(router_logits.scalar_type());
 }
@@ -239,9 +193,10 @@ at::Tensor router_entropy(
   const at::Tensor out = empty_mean(router_probs);
   MOE_DISPATCH_COMPUTE(probs.scalar_type(), "router_entropy", [&] {
     const scalar_t* p = probs.const_data_ptr<scalar_t>();
-    const double sum = sum_over_blocks(
-        0, T, [&](int64_t begin, int64_t end) { return sum_entropies(p, E, mask, begin, end); });
-    write_mean(out, sum, count_unmasked(mask, T));
+    const double sum = sum_over_blocks(0, T, [&](int64_t begin, int64_t end) {
+      return kernels::sum_entropies(p, E, mask, begin, end);
+    });
+    write_mean(out, sum, kernels::count_unmasked(mask, T));
   });
   return out;
 }
@@ -249,7 +204,6 @@ at::Tensor router_entropy(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  impl<load_balancing_loss>(m, "load_balancing_loss");
   impl<load_balancing_loss_forward>(m, "_load_balancing_loss_forward");
   impl<load_balancing_loss_backward>(m, "_load_balancing_loss_backward");
   impl<router_z_loss>(m, "router_z_loss");

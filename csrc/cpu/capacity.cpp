@@ -3,38 +3,12 @@
 #include <ATen/Parallel.h>
 
 #include "common/token_rounding.h"
+#include "cpu/kernels/capacity.h"
 #include "cpu/plan.h"
 #include "cpu/register.h"
-#include "cpu/select.h"
 
 namespace moe_ext::cpu {
 namespace {
-
-// kernels
-
-template <class T>
-void keep_highest_weights(
-    const T* weights, const SlotsByExpert& slots, int64_t E, int64_t capacity, int64_t* kept) {
-  at::parallel_for(0, E, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t e = begin; e < end; ++e) {
-      for (const int64_t slot : slots.best(e, weights, capacity)) kept[slot] = e;
-    }
-  });
-}
-
-void keep_earliest(
-    const int64_t* ids, int64_t T, int64_t K, int64_t E, int64_t capacity, int64_t* kept) {
-  std::vector<int64_t> used(E, 0);
-  for (int64_t k = 0; k < K; ++k) {
-    for (int64_t slot = k; slot < T * K; slot += K) {
-      const int64_t e = ids[slot];
-      if (is_valid(e, E) && used[e] < capacity) {
-        kept[slot] = e;
-        ++used[e];
-      }
-    }
-  }
-}
 
 // operators
 
@@ -46,20 +20,23 @@ at::Tensor apply_capacity(
   const at::Tensor ids_tensor = read_ids("_apply_capacity", topk_ids);
   const int64_t* ids = ids_tensor.const_data_ptr<int64_t>();
   const int64_t T = topk_ids.size(0), K = topk_ids.size(1), E = num_experts;
-  const SlotsByExpert slots(ids, T * K, E);
+  const kernels::SlotsByExpert slots(ids, T * K, E);
   const int64_t capacity = capacity_of(
       *capacity_factor.const_data_ptr<double>(), slots.offsets[E],
-      count_routed_tokens(ids, T, K, E), E, min_capacity);
+      kernels::count_routed_tokens(ids, T, K, E), E, min_capacity);
   const at::Tensor kept_ids = empty_kept_ids(topk_ids).fill_(-1);
   int64_t* kept = kept_ids.mutable_data_ptr<int64_t>();
   if (by_weight) {
     const at::Tensor weights =
         contiguous_in(topk_weights, compute_dtype(topk_weights.scalar_type()));
     MOE_DISPATCH_COMPUTE(weights.scalar_type(), "apply_capacity", [&] {
-      keep_highest_weights(weights.const_data_ptr<scalar_t>(), slots, E, capacity, kept);
+      const scalar_t* w = weights.const_data_ptr<scalar_t>();
+      at::parallel_for(0, E, 1, [&](int64_t begin, int64_t end) {
+        kernels::keep_highest_weights(w, slots, capacity, begin, end, kept);
+      });
     });
   } else {
-    keep_earliest(ids, T, K, E, capacity, kept);
+    kernels::keep_earliest(ids, T, K, E, capacity, kept);
   }
   return kept_ids;
 }

@@ -6,45 +6,45 @@
 
 namespace moe_ext::cpu {
 
-using kernels::RowChunk;
+using kernels::RowBlock;
 using kernels::TokenBlock;
 using kernels::TypeKernels;
 
-std::vector<RowChunk> row_chunks(const std::vector<int64_t>& offsets, int64_t max_rows) {
-  std::vector<RowChunk> chunks;
+std::vector<RowBlock> split_rows(const std::vector<int64_t>& offsets, int64_t max_rows) {
+  std::vector<RowBlock> blocks;
   for (size_t e = 0; e + 1 < offsets.size(); ++e) {
     const int64_t rows = offsets[e + 1] - offsets[e];
     if (rows == 0) continue;
     const int64_t size = ceil_div(rows, ceil_div(rows, max_rows));
     for (int64_t begin = offsets[e]; begin < offsets[e + 1]; begin += size) {
-      chunks.push_back({static_cast<int64_t>(e), begin, std::min(begin + size, offsets[e + 1])});
+      blocks.push_back({static_cast<int64_t>(e), begin, std::min(begin + size, offsets[e + 1])});
     }
   }
-  return chunks;
+  return blocks;
 }
 
-std::vector<RowChunk> expert_chunks(const std::vector<int64_t>& offsets) {
-  std::vector<RowChunk> chunks;
+std::vector<RowBlock> whole_experts(const std::vector<int64_t>& offsets) {
+  std::vector<RowBlock> blocks;
   for (size_t e = 0; e + 1 < offsets.size(); ++e) {
-    chunks.push_back({static_cast<int64_t>(e), offsets[e], offsets[e + 1]});
+    blocks.push_back({static_cast<int64_t>(e), offsets[e], offsets[e + 1]});
   }
-  return chunks;
+  return blocks;
 }
 
-int64_t largest_chunk(const std::vector<RowChunk>& chunks) {
+int64_t largest_block(const std::vector<RowBlock>& blocks) {
   int64_t rows = 0;
-  for (const RowChunk& chunk : chunks) rows = std::max(rows, chunk.end - chunk.begin);
+  for (const RowBlock& block : blocks) rows = std::max(rows, block.end - block.begin);
   return rows;
 }
 
 namespace {
 
 // An expert's weights are packed once per block of tokens, so an expert should have some hundred
-// rows in each; but there should be pieces for many threads, and the sums of a block should stay
+// rows in each; but there should be tasks for many threads, and the sums of a block should stay
 // in the cache.
-int64_t count_blocks(int64_t T, int64_t pieces, int64_t rows_per_expert) {
-  constexpr int64_t kGoodRows = 256, kLeastRows = 64, kPieces = 16, kMostTokens = 8192;
-  const int64_t wanted = std::max(rows_per_expert / kGoodRows, ceil_div(kPieces, pieces));
+int64_t count_blocks(int64_t T, int64_t tasks, int64_t rows_per_expert) {
+  constexpr int64_t kGoodRows = 256, kLeastRows = 64, kTasks = 16, kMostTokens = 8192;
+  const int64_t wanted = std::max(rows_per_expert / kGoodRows, ceil_div(kTasks, tasks));
   const int64_t most = std::max<int64_t>(rows_per_expert / kLeastRows, 1);
   return std::max({std::min(wanted, most), ceil_div(T, kMostTokens), int64_t{1}});
 }
@@ -52,115 +52,115 @@ int64_t count_blocks(int64_t T, int64_t pieces, int64_t rows_per_expert) {
 }  // namespace
 
 TokenBlocks::TokenBlocks(
-    const std::vector<int64_t>& offsets, const int32_t* token, int64_t T, int64_t pieces,
+    const std::vector<int64_t>& offsets, const int32_t* token, int64_t T, int64_t tasks,
     int64_t max_rows) {
-  std::vector<RowChunk> left;  // rows that are in no block yet
-  for (const RowChunk& expert : expert_chunks(offsets)) {
+  std::vector<RowBlock> left;  // rows that are in no block yet
+  for (const RowBlock& expert : whole_experts(offsets)) {
     if (expert.begin < expert.end) left.push_back(expert);
   }
   // Without an index a block holds few experts with all their rows, and splits two of them at most.
   const int64_t groups = token ? std::max<int64_t>(left.size(), 1) : 1;
   const int64_t size =
-      std::max<int64_t>(ceil_div(T, count_blocks(T, pieces, offsets.back() / groups)), 1);
+      std::max<int64_t>(ceil_div(T, count_blocks(T, tasks, offsets.back() / groups)), 1);
   for (int64_t begin = 0; begin < T; begin += size) {
     const int64_t end = std::min(begin + size, T);
-    const int64_t first_chunk = chunks.size();
-    for (RowChunk& expert : left) {
+    const int64_t first_block = rows.size();
+    for (RowBlock& expert : left) {
       const int64_t stop =
           token ? std::lower_bound(token + expert.begin, token + expert.end, end) - token
                 : std::clamp(end, expert.begin, expert.end);
       const std::vector<int64_t> range{expert.begin, stop};
-      for (const RowChunk& chunk : row_chunks(range, max_rows)) {
-        chunks.push_back({expert.expert, chunk.begin, chunk.end});
+      for (const RowBlock& block : split_rows(range, max_rows)) {
+        rows.push_back({expert.expert, block.begin, block.end});
       }
       expert.begin = stop;
     }
-    blocks.push_back({begin, end, first_chunk, static_cast<int64_t>(chunks.size())});
+    tokens.push_back({begin, end, first_block, static_cast<int64_t>(rows.size())});
   }
 }
 
 namespace {
 
-// One piece for each of `count` things and each of its columns; neighbouring pieces share rows.
+// One task for each of `count` things and each of its columns; neighbouring tasks share rows.
 template <class Fn>
 Job col_job(int64_t count, int64_t cols, const Fn& fn) {
-  return {count * cols, [fn, cols](int64_t piece, bool next, void* scratch) {
-            const int64_t col = piece % cols;
-            fn(piece / cols, col, next && col + 1 < cols, scratch);
+  return {count * cols, [fn, cols](int64_t task, bool next, void* scratch) {
+            const int64_t col = task % cols;
+            fn(task / cols, col, next && col + 1 < cols, scratch);
           }};
 }
 
 }  // namespace
 
-int64_t count_parts(
+int64_t blocks_per_task(
     const kernels::Weights& weights, int64_t N, int64_t element_size, int64_t rows) {
-  // With many rows the weights are read seldom, and the sums of the pieces need the cache.
+  // With many rows the weights are read seldom, and the sums of the blocks need the cache.
   constexpr int64_t kFar = 1024, kFewRows = 192;
   const bool far_rows = weights.k_stride != 1 && weights.k_stride * element_size >= kFar;
-  const bool wide = N >= kernels::kMaxParts * kernels::kPieceCols;
-  return far_rows && wide && rows < kFewRows ? kernels::kMaxParts : 1;
+  const bool wide = N >= kernels::kMaxNBlocks * kernels::kBlockN;
+  return far_rows && wide && rows < kFewRows ? kernels::kMaxNBlocks : 1;
 }
 
-int64_t combine_scratch(
-    const TypeKernels& kernels, const TokenBlocks& blocks, const kernels::CombineArgs& args,
+int64_t product_scratch(
+    const TypeKernels& kernels, const TokenBlocks& blocks, const kernels::ProductArgs& args,
     bool wide) {
   int64_t tokens = 0;
-  for (const TokenBlock& block : blocks.blocks) tokens = std::max(tokens, block.end - block.begin);
-  const int64_t numbers = (tokens + 1) * args.parts * kernels::kPieceCols;
+  for (const TokenBlock& block : blocks.tokens) tokens = std::max(tokens, block.end - block.begin);
+  const int64_t numbers = (tokens + 1) * args.n_blocks * kernels::kBlockN;
   return numbers * static_cast<int64_t>(wide ? 8 : 4) +
-         kernels.scratch_bytes(largest_chunk(blocks.chunks), args.K, args.parts);
+         kernels.scratch_bytes(largest_block(blocks.rows), args.K, args.n_blocks);
 }
 
 Job up_job(
-    const TypeKernels& kernels, const kernels::UpArgs& args, const std::vector<RowChunk>& chunks) {
+    const TypeKernels& kernels, const kernels::UpArgs& args, const std::vector<RowBlock>& blocks) {
   return col_job(
-      chunks.size(), piece_cols(args.gated ? 2 * args.I : args.I),
+      blocks.size(), column_blocks(args.gated ? 2 * args.I : args.I),
       [&](int64_t i, int64_t col, bool next, void* scratch) {
-        kernels.up(args, chunks[i], col, next, scratch);
+        kernels.up(args, blocks[i], col, next, scratch);
       });
 }
 
-Job combine_job(
-    const TypeKernels& kernels, const kernels::CombineArgs& args, const TokenBlocks& blocks) {
+Job product_job(
+    const TypeKernels& kernels, const kernels::ProductArgs& args, const TokenBlocks& blocks) {
   return col_job(
-      blocks.blocks.size(), part_pieces(args.N, args.parts),
+      blocks.tokens.size(), column_tasks(args.N, args.n_blocks),
       [&](int64_t i, int64_t col, bool next, void* scratch) {
-        kernels.combine(args, blocks.chunks.data(), blocks.blocks[i], col, next, scratch);
+        kernels.product(args, blocks.rows.data(), blocks.tokens[i], col, next, scratch);
       });
 }
 
 Job grad_hidden_job(
     const TypeKernels& kernels, const kernels::GradHiddenArgs& args,
-    const std::vector<RowChunk>& chunks) {
+    const std::vector<RowBlock>& blocks) {
   return col_job(
-      chunks.size(), part_pieces(args.I, args.parts),
+      blocks.size(), column_tasks(args.I, args.n_blocks),
       [&](int64_t i, int64_t col, bool next, void* scratch) {
-        kernels.grad_hidden(args, chunks[i], col, next, scratch);
+        kernels.grad_hidden(args, blocks[i], col, next, scratch);
       });
 }
 
 Job grad_weights_job(
     const TypeKernels& kernels, const kernels::GradWeightsArgs& args,
-    const std::vector<RowChunk>& experts) {
-  const int64_t m_blocks = ceil_div(args.M, kernels::kGradRows);
-  const int64_t n_blocks = ceil_div(args.N, kernels::kGradCols);
+    const std::vector<RowBlock>& experts) {
+  const int64_t m_blocks = ceil_div(args.M, kernels::kGradBlockM);
+  const int64_t n_blocks = ceil_div(args.N, kernels::kGradBlockN);
   const int64_t count = experts.size();
   return {
       count * m_blocks * n_blocks,
-      [&kernels, &args, &experts, m_blocks, n_blocks](int64_t piece, bool, void* scratch) {
-        const int64_t n_block = piece % n_blocks;
-        const int64_t m_block = piece / n_blocks % m_blocks;
-        kernels.grad_weights(args, experts[piece / n_blocks / m_blocks], m_block, n_block, scratch);
+      [&kernels, &args, &experts, m_blocks, n_blocks](int64_t task, bool, void* scratch) {
+        const int64_t n_block = task % n_blocks;
+        const int64_t m_block = task / n_blocks % m_blocks;
+        kernels.grad_weights(args, experts[task / n_blocks / m_blocks], m_block, n_block, scratch);
       }};
 }
 
 Job column_sum_job(
     const TypeKernels& kernels, const kernels::ColumnSumArgs& args,
-    const std::vector<RowChunk>& experts) {
-  const int64_t cols = piece_cols(args.M);
+    const std::vector<RowBlock>& experts) {
+  const int64_t cols = column_blocks(args.M);
   const int64_t count = experts.size();
-  return {count * cols, [&kernels, &args, &experts, cols](int64_t piece, bool, void*) {
-            kernels.column_sum(args, experts[piece / cols], piece % cols);
+  return {count * cols, [&kernels, &args, &experts, cols](int64_t task, bool, void*) {
+            kernels.column_sum(args, experts[task / cols], task % cols);
           }};
 }
 
@@ -169,14 +169,14 @@ void grouped_product(
     const at::Tensor& bias, const at::Tensor& out) {
   const auto& kernels = kernels_for(rows.scalar_type());
   const int64_t N = out.size(1);
-  const kernels::CombineArgs args{
+  const kernels::ProductArgs args{
       rows.size(1), N,       rows_of(rows),          weights, bias_of(bias),
       nullptr,      nullptr, out.mutable_data_ptr(), 1};
   const TokenBlocks blocks(
-      offsets, nullptr, rows.size(0), part_pieces(N, args.parts), kernels.max_chunk_rows);
+      offsets, nullptr, rows.size(0), column_tasks(N, args.n_blocks), kernels.max_block_rows);
   run_phases(
-      {{combine_job(kernels, args, blocks)}},
-      combine_scratch(kernels, blocks, args, rows.scalar_type() == at::kDouble),
+      {{product_job(kernels, args, blocks)}},
+      product_scratch(kernels, blocks, args, rows.scalar_type() == at::kDouble),
       estimate_nanoseconds(offsets.back() * rows.size(1) * out.size(1), 0));
 }
 

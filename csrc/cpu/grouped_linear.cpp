@@ -38,7 +38,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
     grouped_product(grad_out, offsets, transposed(weights_of(weight)), {}, grad_rows);
   }
   const auto& kernels = kernels_for(rows.scalar_type());
-  const auto experts = expert_chunks(offsets);
+  const auto experts = whole_experts(offsets);
   Phase phase;
   if (output_mask[1]) grad_weight = at::empty(weight.sizes(), weight.options());
   const kernels::GradWeightsArgs product{
@@ -54,7 +54,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
       weight.size(1), rows_of(grad_out), nullptr, mutable_data_or_null(grad_bias)};
   if (output_mask[2]) phase.push_back(column_sum_job(kernels, sum, experts));
   run_phases(
-      {phase}, kernels.grad_scratch_bytes(largest_chunk(experts)),
+      {phase}, kernels.grad_scratch_bytes(largest_block(experts)),
       estimate_nanoseconds(
           offsets.back() * weight.size(1) * weight.size(2),
           weight.numel() * weight.element_size()));

@@ -2,126 +2,45 @@
 
 #include <ATen/Parallel.h>
 
+#include "common/types.h"
+#include "cpu/kernels/pairs.h"
 #include "cpu/plan.h"
 #include "cpu/register.h"
-#include "cpu/select.h"
 
 namespace moe_ext::cpu {
 namespace {
 
-// kernels
-
 // The counts[e] tokens with the largest probs[:, e] among those that may go there, for every
-// expert. One pass over the rows for every block of experts: a cache line of them.
+// expert.
 template <class T, class Allowed>
 std::vector<std::vector<int64_t>> best_tokens(
     const T* probs, int64_t num_tokens, int64_t E, const std::vector<int64_t>& counts,
     const Allowed& allowed) {
-  constexpr int64_t kBlock = 64 / sizeof(T);
+  constexpr int64_t kBlock = kernels::kExpertsPerLine<T>;
   std::vector<std::vector<int64_t>> tokens(E);
-  at::parallel_for(0, (E + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, ceil_div(E, kBlock), 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kBlock, size = std::min(kBlock, E - first);
-      std::vector<Best<T>> best;
-      for (int64_t i = 0; i < size; ++i) best.emplace_back(counts[first + i]);
-      // Most keys are no better than what is there: one comparison with a threshold, beside its
-      // neighbours'. NaN is compared so that it passes, which costs time only.
-      T threshold[kBlock];
-      for (int64_t i = 0; i < size; ++i) threshold[i] = best[i].threshold();
-      for (int64_t t = 0; t < num_tokens; ++t) {
-        const T* row = probs + t * E + first;
-        int candidates = 0;
-        for (int64_t i = 0; i < size; ++i) candidates += !(row[i] <= threshold[i]);
-        if (candidates == 0) continue;
-        for (int64_t i = 0; i < size; ++i) {
-          if (row[i] <= threshold[i] || !allowed(t, first + i)) continue;
-          best[i].push(row[i], t);
-          threshold[i] = best[i].threshold();
-        }
-      }
-      for (int64_t i = 0; i < size; ++i) tokens[first + i] = best[i].take();
+      const int64_t first = block * kBlock, last = std::min(first + kBlock, E);
+      kernels::best_tokens(probs, num_tokens, E, counts, allowed, first, last, tokens);
     }
   });
   return tokens;
 }
 
-// The list that the operators fill, in order; what is left at its end is unused.
-struct PairWriter {
-  int64_t *tokens, *experts, *slots;  // slots may be null
-  int64_t size;
-  int64_t used = 0;
-
-  void write(int64_t token, int64_t expert, int64_t slot) {
-    TORCH_INTERNAL_ASSERT(used < size);
-    tokens[used] = token;
-    experts[used] = expert;
-    if (slots) slots[used] = slot;
-    ++used;
-  }
-  void finish() {
-    std::fill(tokens + used, tokens + size, -1);
-    std::fill(experts + used, experts + size, -1);
-    if (slots) std::fill(slots + used, slots + size, -1);
-  }
-};
-
 template <class T>
 void round_tokens_kernel(
     const T* probs, const T* weights, const int64_t* ids, int64_t num_tokens, int64_t K, int64_t E,
-    const SlotsByExpert& slots, const std::vector<int64_t>& counts, PairWriter pairs,
-    int64_t* kept) {
+    const kernels::SlotsByExpert& slots, const std::vector<int64_t>& counts,
+    kernels::PairWriter& pairs, int64_t* kept) {
   std::vector<int64_t> padding(E);
   for (int64_t e = 0; e < E; ++e) padding[e] = std::max<int64_t>(counts[e] - slots.count(e), 0);
   const auto padded = best_tokens(probs, num_tokens, E, padding, [&](int64_t t, int64_t e) {
-    bool routed = false;
-    for (int64_t k = 0; k < K; ++k) {
-      const int64_t id = ids[t * K + k];
-      if (id == e) return false;
-      routed = routed || is_valid(id, E);
-    }
-    return routed;
+    return kernels::is_routed_elsewhere(ids + t * K, K, E, e);
   });
   for (int64_t e = 0; e < E; ++e) {
-    const std::vector<int64_t> chosen = slots.best(e, weights, counts[e]);
-    auto slot = chosen.begin();
-    auto token = padded[e].begin();
-    while (slot != chosen.end() || token != padded[e].end()) {
-      if (token == padded[e].end() || (slot != chosen.end() && *slot / K < *token)) {
-        kept[*slot] = e;
-        pairs.write(*slot / K, e, *slot);
-        ++slot;
-      } else {
-        pairs.write(*token++, e, -1);
-      }
-    }
+    kernels::write_rounded(e, K, slots.best(e, weights, counts[e]), padded[e], pairs, kept);
   }
   pairs.finish();
-}
-
-template <class T>
-void pair_weights_kernel(
-    const T* topk_weights, const T* probs, const int64_t* tokens, const int64_t* experts,
-    const int64_t* slots, int64_t P, int64_t E, T scale, T* out) {
-  for (int64_t p = 0; p < P; ++p) {
-    out[p] = tokens[p] < 0            ? T(0)
-             : slots && slots[p] >= 0 ? topk_weights[slots[p]]
-                                      : scale * probs[tokens[p] * E + experts[p]];
-  }
-}
-
-// No two pairs have the same slot, nor the same token and expert. Either gradient may be null.
-template <class T>
-void pair_weights_backward_kernel(
-    const T* grad, const int64_t* tokens, const int64_t* experts, const int64_t* slots, int64_t P,
-    int64_t E, T scale, T* grad_weights, T* grad_probs) {
-  for (int64_t p = 0; p < P; ++p) {
-    if (tokens[p] < 0) continue;
-    if (slots && slots[p] >= 0) {
-      if (grad_weights) grad_weights[slots[p]] = grad[p];
-    } else if (grad_probs) {
-      grad_probs[tokens[p] * E + experts[p]] = scale * grad[p];
-    }
-  }
 }
 
 // operators
@@ -141,8 +60,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_tokens(
   const at::Tensor noise = contiguous_in(noise_, at::kDouble);
   const int64_t* ids = ids_tensor.const_data_ptr<int64_t>();
 
-  const SlotsByExpert slots(ids, T * K, E);
-  const int64_t routed = count_routed_tokens(ids, T, K, E);
+  const kernels::SlotsByExpert slots(ids, T * K, E);
+  const int64_t routed = kernels::count_routed_tokens(ids, T, K, E);
   const int64_t most = capacity_factor ? capacity_of(
                                              *capacity_factor->const_data_ptr<double>(),
                                              slots.offsets[E], routed, E, min_capacity)
@@ -156,7 +75,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_tokens(
 
   const auto outputs = empty_round_tokens_outputs(router_probs, topk_ids, tile_size, parsed);
   const auto& [pair_tokens, pair_experts, pair_slots, kept_ids] = outputs;
-  const PairWriter pairs{
+  kernels::PairWriter pairs{
       pair_tokens.mutable_data_ptr<int64_t>(), pair_experts.mutable_data_ptr<int64_t>(),
       pair_slots.mutable_data_ptr<int64_t>(), pair_tokens.numel()};
   int64_t* kept = kept_ids.fill_(-1).mutable_data_ptr<int64_t>();
@@ -165,6 +84,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_tokens(
         probs.const_data_ptr<scalar_t>(), weights.const_data_ptr<scalar_t>(), ids, T, K, E, slots,
         counts, pairs, kept);
   });
+  TORCH_INTERNAL_ASSERT(pairs.used <= pairs.size);
   return outputs;
 }
 
@@ -179,7 +99,7 @@ std::tuple<at::Tensor, at::Tensor> expert_choice(
   const int64_t count = expert_choice_count(unmasked, E, top_k).expect_int();
   const auto outputs = empty_expert_choice_outputs(router_probs, top_k);
   const auto& [pair_tokens, pair_experts] = outputs;
-  PairWriter pairs{
+  kernels::PairWriter pairs{
       pair_tokens.mutable_data_ptr<int64_t>(), pair_experts.mutable_data_ptr<int64_t>(), nullptr,
       pair_tokens.numel()};
   MOE_DISPATCH_COMPUTE(probs.scalar_type(), "expert_choice", [&] {
@@ -191,6 +111,7 @@ std::tuple<at::Tensor, at::Tensor> expert_choice(
     }
   });
   pairs.finish();
+  TORCH_INTERNAL_ASSERT(pairs.used <= pairs.size);
   return outputs;
 }
 
@@ -227,7 +148,7 @@ at::Tensor pair_weights(
       data_or_null<int64_t>(slots), P, probs.size(0), topk_weights.size(1), num_experts);
   const at::Tensor out = empty_pair_weights(router_probs, pair_tokens);
   MOE_DISPATCH_COMPUTE(out.scalar_type(), "pair_weights", [&] {
-    pair_weights_kernel(
+    kernels::pair_weights(
         topk_weights.const_data_ptr<scalar_t>(), probs.const_data_ptr<scalar_t>(),
         tokens.const_data_ptr<int64_t>(), experts.const_data_ptr<int64_t>(),
         data_or_null<int64_t>(slots), P, num_experts, static_cast<scalar_t>(scaling_factor),
@@ -257,7 +178,7 @@ std::tuple<at::Tensor, at::Tensor> pair_weights_backward(
     const auto data = [](const at::Tensor& tensor) {
       return tensor.defined() ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
     };
-    pair_weights_backward_kernel(
+    kernels::pair_weights_backward(
         grad.const_data_ptr<scalar_t>(), tokens.const_data_ptr<int64_t>(),
         experts.const_data_ptr<int64_t>(), data_or_null<int64_t>(slots), P, num_experts,
         static_cast<scalar_t>(scaling_factor), data(grad_weights), data(grad_probs));

@@ -13,20 +13,20 @@ namespace {
 constexpr double kNanosecondsPerThread = 15000;
 
 // Taken at once. Threads that stay close to each other share the weights and rows in the cache.
-constexpr int64_t kMostPieces = 8;
+constexpr int64_t kMostTasks = 8;
 
-int64_t count_pieces(const Phase& phase) {
-  int64_t pieces = 0;
-  for (const Job& job : phase) pieces += job.pieces;
-  return pieces;
+int64_t count_tasks(const Phase& phase) {
+  int64_t tasks = 0;
+  for (const Job& job : phase) tasks += job.tasks;
+  return tasks;
 }
 
-void run_pieces(const Phase& phase, int64_t begin, int64_t end, void* scratch) {
+void run_tasks(const Phase& phase, int64_t begin, int64_t end, void* scratch) {
   for (const Job& job : phase) {
-    const int64_t last = std::min(end, job.pieces);
+    const int64_t last = std::min(end, job.tasks);
     for (; begin < last; ++begin) job.run(begin, begin + 1 < last, scratch);
-    begin -= job.pieces;
-    end -= job.pieces;
+    begin -= job.tasks;
+    end -= job.tasks;
     if (end <= 0) return;
   }
 }
@@ -34,13 +34,13 @@ void run_pieces(const Phase& phase, int64_t begin, int64_t end, void* scratch) {
 }  // namespace
 
 void run_phases(const std::vector<Phase>& phases, int64_t scratch_bytes, double nanoseconds) {
-  std::vector<int64_t> pieces;
-  for (const Phase& phase : phases) pieces.push_back(count_pieces(phase));
+  std::vector<int64_t> tasks;
+  for (const Phase& phase : phases) tasks.push_back(count_tasks(phase));
   int64_t threads = 1;
 #ifdef _OPENMP
-  if (!at::in_parallel_region() && !pieces.empty()) {
+  if (!at::in_parallel_region() && !tasks.empty()) {
     threads = std::min<int64_t>(
-        {at::get_num_threads(), *std::max_element(pieces.begin(), pieces.end()),
+        {at::get_num_threads(), *std::max_element(tasks.begin(), tasks.end()),
          1 + static_cast<int64_t>(nanoseconds / kNanosecondsPerThread)});
     threads = std::max<int64_t>(threads, 1);
   }
@@ -53,7 +53,7 @@ void run_phases(const std::vector<Phase>& phases, int64_t scratch_bytes, double 
 
   if (threads == 1) {
     for (size_t p = 0; p < phases.size(); ++p) {
-      run_pieces(phases[p], 0, pieces[p], scratch);
+      run_tasks(phases[p], 0, tasks[p], scratch);
     }
     return;
   }
@@ -65,14 +65,14 @@ void run_phases(const std::vector<Phase>& phases, int64_t scratch_bytes, double 
     // The team may be smaller than asked for, never larger.
     void* own = scratch + arrived.fetch_add(1) * stride;
     for (size_t p = 0; p < phases.size(); ++p) {
-      for (int64_t i = 0; i < pieces[p];) {
+      for (int64_t i = 0; i < tasks[p];) {
         // Neighbours at once, ever fewer, so that at the end nobody waits long for anybody.
         i = next[p].load();
         int64_t end;
         do {
-          end = i + std::clamp<int64_t>((pieces[p] - i) / (4 * threads), 1, kMostPieces);
-        } while (i < pieces[p] && !next[p].compare_exchange_weak(i, end));
-        if (i < pieces[p]) run_pieces(phases[p], i, end, own);
+          end = i + std::clamp<int64_t>((tasks[p] - i) / (4 * threads), 1, kMostTasks);
+        } while (i < tasks[p] && !next[p].compare_exchange_weak(i, end));
+        if (i < tasks[p]) run_tasks(phases[p], i, end, own);
       }
 #pragma omp barrier
     }

@@ -1,4 +1,4 @@
-// Work in phases: every piece of a phase is done before the next phase begins.
+// Work in phases: every task of a phase is done before the next phase begins.
 #pragma once
 
 #include <cstdint>
@@ -7,15 +7,15 @@
 
 namespace moe_ext::cpu {
 
-// run(piece, next, scratch) for piece in [0, pieces), each once, in any order, by any thread.
-// `next`: the same thread will run piece + 1 next. It must not throw.
+// run(task, next, scratch) for task in [0, tasks), each once, in any order, by any thread.
+// `next`: the same thread will run task + 1 next. It must not throw.
 struct Job {
-  int64_t pieces;
-  std::function<void(int64_t piece, bool next, void* scratch)> run;
+  int64_t tasks;
+  std::function<void(int64_t task, bool next, void* scratch)> run;
 };
 using Phase = std::vector<Job>;
 
-// Runs the phases in one parallel region; threads take pieces from a queue, so it does not matter
+// Runs the phases in one parallel region; threads take tasks from a queue, so it does not matter
 // how they are shared out over experts. Each thread has scratch_bytes of its own, aligned to a
 // cache line. `nanoseconds` estimates the whole on one core: small work takes fewer threads, and
 // none but the caller's where waking them costs more than they save.

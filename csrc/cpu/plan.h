@@ -1,85 +1,64 @@
-// Where every slot (t, k), or pair, goes: a stable counting sort by expert.
+// Where every slot (t, k), or pair, goes. A plan that is made here is right by construction; one
+// that comes as an argument is checked.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
-#include "common/score_function.h"
+#include "cpu/kernels/plan.h"
 #include "ops/permute.h"
 
 namespace moe_ext::cpu {
 
 struct Plan {
-  at::Tensor row_map;         // [T, K] or [P] int32, -1 for a skipped slot
-  at::Tensor expert_offsets;  // [E + 1] int32
+  at::Tensor row_map;                // [T, K] or [P] int32, -1 for a skipped slot
+  at::Tensor expert_offsets;         // [E + 1] int32
+  std::vector<int32_t> slot_of_row;  // of the rows before expert_offsets[E]: row_map's inverse
 };
 
 inline void check_id(const char* op, const char* argument, int64_t id) {
   TORCH_CHECK_INDEX(id >= -1, op, ": ", argument, " must be >= -1, got ", id);
 }
 
+template <class Id>
+void check_ids(const char* op, const char* argument, const Id* ids, int64_t n) {
+  const int64_t bad = kernels::find_bad_id(ids, n);
+  if (bad < n) check_id(op, argument, ids[bad]);
+}
+
 // topk_ids as numbers, checked: -1 or more.
 inline at::Tensor read_ids(const char* op, const at::Tensor& topk_ids) {
   const at::Tensor ids = contiguous_in(topk_ids, at::kLong);
-  const int64_t* id = ids.const_data_ptr<int64_t>();
-  for (int64_t slot = 0; slot < ids.numel(); ++slot) check_id(op, "topk_ids", id[slot]);
+  check_ids(op, "topk_ids", ids.const_data_ptr<int64_t>(), ids.numel());
   return ids;
 }
 
-// The slots in `order` (or as they come), grouped by expert.
+// The plan of contiguous ids, [T, K] or [P], in `order` (or null: as they come).
 template <class Id>
-void plan_kernel(
-    const char* op, const char* argument, const Id* ids, const int32_t* order, int64_t num_slots,
-    int64_t num_experts, int32_t* row_map, int32_t* expert_offsets) {
-  std::vector<int64_t> next(num_experts, 0);
-  for (int64_t slot = 0; slot < num_slots; ++slot) {
-    check_id(op, argument, ids[slot]);
-    if (is_valid(ids[slot], num_experts)) ++next[ids[slot]];
-  }
-  int64_t offset = 0;
-  for (int64_t e = 0; e < num_experts; ++e) {
-    expert_offsets[e] = static_cast<int32_t>(offset);
-    offset += std::exchange(next[e], offset);
-  }
-  expert_offsets[num_experts] = static_cast<int32_t>(offset);
-  for (int64_t i = 0; i < num_slots; ++i) {
-    const int64_t slot = order ? order[i] : i;
-    const Id id = ids[slot];
-    row_map[slot] = is_valid(id, num_experts) ? static_cast<int32_t>(next[id]++) : -1;
-  }
-}
-
-// The pairs by token, stable; tokens [P] in [0, T), or -1: last.
-inline std::vector<int32_t> order_by_token(const int64_t* tokens, int64_t P, int64_t T) {
-  const auto bucket = [T](int64_t token) { return token < 0 ? T : token; };
-  std::vector<int64_t> next(T + 1, 0);
-  for (int64_t p = 0; p < P; ++p) ++next[bucket(tokens[p])];
-  int64_t offset = 0;
-  for (int64_t& n : next) offset += std::exchange(n, offset);
-  std::vector<int32_t> order(P);
-  for (int64_t p = 0; p < P; ++p) order[next[bucket(tokens[p])]++] = static_cast<int32_t>(p);
-  return order;
-}
-
-// The plan of topk_ids [T, K].
-inline Plan make_plan(const char* op, const at::Tensor& topk_ids_, int64_t num_experts) {
-  check_count(op, "topk_ids", "slots", topk_ids_.numel());
-  const at::Tensor topk_ids = topk_ids_.contiguous();
-  const auto [row_map, expert_offsets] = empty_plan(topk_ids, num_experts);
-  const Plan plan{row_map, expert_offsets};
-  const auto run = [&](const auto* ids) {
-    plan_kernel(
-        op, "topk_ids", ids, nullptr, topk_ids.numel(), num_experts,
-        plan.row_map.mutable_data_ptr<int32_t>(), plan.expert_offsets.mutable_data_ptr<int32_t>());
-  };
-  if (topk_ids.scalar_type() == at::kLong) {
-    run(topk_ids.const_data_ptr<int64_t>());
-  } else {
-    run(topk_ids.const_data_ptr<int32_t>());
-  }
+Plan make_plan(
+    const char* op, const char* argument, const at::Tensor& shaped_so, const Id* ids,
+    const int32_t* order, int64_t num_experts) {
+  const int64_t N = shaped_so.numel();
+  check_ids(op, argument, ids, N);
+  const auto [row_map, expert_offsets] = empty_plan(shaped_so, num_experts);
+  Plan plan{row_map, expert_offsets, std::vector<int32_t>(N)};
+  int32_t* offsets = plan.expert_offsets.mutable_data_ptr<int32_t>();
+  kernels::make_plan(
+      ids, order, N, num_experts, plan.row_map.mutable_data_ptr<int32_t>(), offsets,
+      plan.slot_of_row.data());
+  plan.slot_of_row.resize(offsets[num_experts]);
   return plan;
+}
+
+inline Plan make_plan(const char* op, const at::Tensor& topk_ids, int64_t num_experts) {
+  check_count(op, "topk_ids", "slots", topk_ids.numel());
+  const at::Tensor ids = topk_ids.contiguous();
+  return ids.scalar_type() == at::kLong
+             ? make_plan(op, "topk_ids", ids, ids.const_data_ptr<int64_t>(), nullptr, num_experts)
+             : make_plan(op, "topk_ids", ids, ids.const_data_ptr<int32_t>(), nullptr, num_experts);
 }
 
 // pair_tokens [P] as numbers, checked: in [-1, T).
@@ -107,21 +86,21 @@ inline Plan make_pair_plan(
   for (size_t p = 0; p < used.size(); ++p) {
     if (token[p] < 0) used[p] = -1;
   }
-  const std::vector<int32_t> order = order_by_token(token, experts.numel(), T);
-  const auto [row_map, expert_offsets] = empty_plan(pair_experts, num_experts);
-  plan_kernel(
-      op, "pair_experts", used.data(), order.data(), experts.numel(), num_experts,
-      row_map.mutable_data_ptr<int32_t>(), expert_offsets.mutable_data_ptr<int32_t>());
-  return {row_map, expert_offsets};
+  const std::vector<int32_t> order = kernels::order_by_token(token, experts.numel(), T);
+  return make_plan(op, "pair_experts", pair_experts, used.data(), order.data(), num_experts);
+}
+
+// expert_offsets as numbers, of a plan that was made or read.
+inline std::vector<int64_t> offsets_of(const at::Tensor& expert_offsets) {
+  const int32_t* data = expert_offsets.const_data_ptr<int32_t>();
+  return {data, data + expert_offsets.numel()};
 }
 
 // expert_offsets as numbers, checked: ascending from 0, the last at most num_rows.
 inline std::vector<int64_t> read_offsets(
-    const char* op, const at::Tensor& expert_offsets_, int64_t num_rows) {
+    const char* op, const at::Tensor& expert_offsets, int64_t num_rows) {
   check_count(op, "rows", "rows", num_rows);
-  const at::Tensor expert_offsets = expert_offsets_.contiguous();
-  const int32_t* data = expert_offsets.const_data_ptr<int32_t>();
-  std::vector<int64_t> offsets(data, data + expert_offsets.numel());
+  std::vector<int64_t> offsets = offsets_of(expert_offsets.contiguous());
   TORCH_CHECK_INDEX(
       offsets.front() == 0 && std::is_sorted(offsets.begin(), offsets.end()) &&
           offsets.back() <= num_rows,
@@ -137,19 +116,18 @@ void for_slots(const char* op, const at::Tensor& row_map_, int64_t num_rows, con
   check_count(op, "row_map", "slots", row_map_.numel());
   check_count(op, "row_map", "rows", row_map_.size(0));
   const at::Tensor row_map = row_map_.contiguous();
-  const int32_t* rows = row_map.const_data_ptr<int32_t>();
-  for (int64_t slot = 0; slot < row_map.numel(); ++slot) {
-    const int32_t row = rows[slot];
-    if (row == -1) continue;
-    TORCH_CHECK_INDEX(
-        row >= 0 && row < num_rows, op, ": row_map must be -1 or in [0, N=", num_rows, "), got ",
-        row);
-    TORCH_CHECK_INDEX(
-        take(static_cast<int32_t>(slot), row), op,
-        ": row_map must name a row once at most, got row ", row, " twice");
-  }
+  int32_t row = 0;
+  const auto fault =
+      kernels::for_slots(row_map.const_data_ptr<int32_t>(), row_map.numel(), num_rows, &row, take);
+  TORCH_CHECK_INDEX(
+      fault != kernels::RowMapFault::kOutside, op, ": row_map must be -1 or in [0, N=", num_rows,
+      "), got ", row);
+  TORCH_CHECK_INDEX(
+      fault != kernels::RowMapFault::kTwice, op, ": row_map must name a row once at most, got row ",
+      row, " twice");
 }
 
+// A bit for every row: there may be many without memory, [N, 0].
 inline void check_row_map(const char* op, const at::Tensor& row_map, int64_t num_rows) {
   check_count(op, "rows", "rows", num_rows);
   std::vector<bool> taken(num_rows, false);
@@ -169,6 +147,22 @@ inline std::vector<int32_t> invert_row_map(
     return std::exchange(slot_of_row[row], slot) == -1;
   });
   return slot_of_row;
+}
+
+// A plan that comes as an argument, checked: every row before expert_offsets[E] has a slot.
+inline Plan read_plan(
+    const char* op, const at::Tensor& row_map, const at::Tensor& expert_offsets_) {
+  const at::Tensor expert_offsets = expert_offsets_.contiguous();
+  const int64_t num_rows = read_offsets(op, expert_offsets, row_map.numel()).back();
+  Plan plan{row_map, expert_offsets, invert_row_map(op, row_map, row_map.numel())};
+  plan.slot_of_row.resize(num_rows);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    TORCH_CHECK_INDEX(
+        plan.slot_of_row[r] >= 0, op,
+        ": row_map must name every row before expert_offsets[E]=", num_rows, ", got none for row ",
+        r);
+  }
+  return plan;
 }
 
 }  // namespace moe_ext::cpu

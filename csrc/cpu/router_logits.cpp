@@ -55,7 +55,7 @@ std::tuple<at::Tensor, at::Tensor> router_logits_backward(
         rows_of(tokens),
         grad_weight.mutable_data_ptr(),
         false};
-    const auto all_rows = expert_chunks({0, tokens.size(0)});
+    const auto all_rows = whole_experts({0, tokens.size(0)});
     run_phases(
         {{grad_weights_job(kernels, args, all_rows)}}, kernels.grad_scratch_bytes(tokens.size(0)),
         estimate_nanoseconds(tokens.numel() * weight_.size(0), 0));

@@ -4,9 +4,9 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "cpu/combine.h"
 #include "cpu/plan.h"
 #include "cpu/register.h"
+#include "cpu/unpermute.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -19,7 +19,8 @@ at::Tensor unpermute(
   check_unpermute(rows, row_map, topk_weights);
   check_row_map("unpermute", row_map, rows.size(0));
   const at::Tensor out = empty_unpermuted(rows, row_map);
-  combine(rows, row_map, contiguous_in(topk_weights, compute_dtype(rows.scalar_type())), out);
+  const at::Tensor weights = contiguous_in(topk_weights, compute_dtype(rows.scalar_type()));
+  unpermute_rows(rows, row_map, weights, out);
   return out;
 }
 

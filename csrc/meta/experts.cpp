@@ -7,10 +7,6 @@
 namespace moe_ext::meta {
 namespace {
 
-at::Tensor empty_contiguous(const at::Tensor& like) {
-  return at::empty_symint(like.sym_sizes(), like.options());
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> permute(
     const at::Tensor& tokens, const at::Tensor& topk_ids, c10::SymInt num_experts) {
   check_permute(tokens, topk_ids, num_experts);
@@ -35,8 +31,8 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward(
     const std::optional<at::Tensor>& topk_weights, std::array<bool, 2> output_mask) {
   check_unpermute_backward(grad_out, rows, row_map, topk_weights);
   return {
-      output_mask[0] ? empty_contiguous(rows) : at::Tensor(),
-      output_mask[1] && topk_weights ? empty_contiguous(*topk_weights) : at::Tensor()};
+      output_mask[0] ? empty_like_contiguous(rows) : at::Tensor(),
+      output_mask[1] && topk_weights ? empty_like_contiguous(*topk_weights) : at::Tensor()};
 }
 
 at::Tensor grouped_linear(
@@ -55,8 +51,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
     grad_bias = at::empty_symint({weight.sym_size(0), weight.sym_size(1)}, weight.options());
   }
   return {
-      output_mask[0] ? empty_contiguous(rows) : at::Tensor(),
-      output_mask[1] ? empty_contiguous(weight) : at::Tensor(), grad_bias};
+      output_mask[0] ? empty_like_contiguous(rows) : at::Tensor(),
+      output_mask[1] ? empty_like_contiguous(weight) : at::Tensor(), grad_bias};
 }
 
 std::tuple<at::Tensor, at::Tensor> expert_ffn_forward(
@@ -67,18 +63,8 @@ std::tuple<at::Tensor, at::Tensor> expert_ffn_forward(
   check_expert_ffn(
       rows, expert_offsets, {gate_up_proj, down_proj, gate_up_bias, down_bias}, row_weights,
       activation, gated);
-  return {empty_contiguous(rows), empty_hidden(rows, rows.sym_size(0), gate_up_proj, save_hidden)};
-}
-
-at::Tensor expert_ffn(
-    const at::Tensor& rows, const at::Tensor& expert_offsets, const at::Tensor& gate_up_proj,
-    const at::Tensor& down_proj, const std::optional<at::Tensor>& gate_up_bias,
-    const std::optional<at::Tensor>& down_bias, const std::optional<at::Tensor>& row_weights,
-    c10::string_view activation, bool gated, c10::string_view recompute) {
-  parse_recompute("expert_ffn", recompute);
-  return std::get<0>(expert_ffn_forward(
-      rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias, down_bias, row_weights,
-      activation, gated, false));
+  return {
+      empty_like_contiguous(rows), empty_hidden(rows, rows.sym_size(0), gate_up_proj, save_hidden)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
@@ -92,30 +78,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
       activation, gated);
   const auto [row_map, expert_offsets] = empty_plan(ids, gate_up_proj.sym_size(0));
   return {
-      empty_contiguous(tokens), empty_hidden(tokens, ids.sym_numel(), gate_up_proj, save_hidden),
-      row_map, expert_offsets};
-}
-
-at::Tensor moe_ffn(
-    const at::Tensor& tokens, const at::Tensor& topk_weights, const at::Tensor& topk_ids,
-    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
-    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
-    c10::string_view activation, bool gated, c10::string_view recompute) {
-  parse_recompute("moe_ffn", recompute);
-  return std::get<0>(moe_ffn_forward(
-      tokens, topk_weights, topk_ids, std::nullopt, gate_up_proj, down_proj, gate_up_bias,
-      down_bias, activation, gated, false));
-}
-
-at::Tensor moe_ffn_pairs(
-    const at::Tensor& tokens, const at::Tensor& pair_weights, const at::Tensor& pair_experts,
-    const at::Tensor& pair_tokens, const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
-    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
-    c10::string_view activation, bool gated, c10::string_view recompute) {
-  parse_recompute("_moe_ffn_pairs", recompute);
-  return std::get<0>(moe_ffn_forward(
-      tokens, pair_weights, pair_experts, pair_tokens, gate_up_proj, down_proj, gate_up_bias,
-      down_bias, activation, gated, false));
+      empty_like_contiguous(tokens),
+      empty_hidden(tokens, ids.sym_numel(), gate_up_proj, save_hidden), row_map, expert_offsets};
 }
 
 ExpertFfnGrads expert_ffn_backward(
@@ -141,10 +105,7 @@ TORCH_LIBRARY_IMPL(moe_ext, Meta, m) {
   m.impl("_unpermute_backward", unpermute_backward);
   m.impl("_grouped_linear", grouped_linear);
   m.impl("_grouped_linear_backward", grouped_linear_backward);
-  m.impl("expert_ffn", expert_ffn);
   m.impl("_expert_ffn_forward", expert_ffn_forward);
-  m.impl("moe_ffn", moe_ffn);
-  m.impl("_moe_ffn_pairs", moe_ffn_pairs);
   m.impl("_moe_ffn_forward", moe_ffn_forward);
   m.impl("_expert_ffn_backward", expert_ffn_backward);
 }

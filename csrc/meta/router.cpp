@@ -56,14 +56,6 @@ std::tuple<at::Tensor, at::Tensor> load_balancing_loss_forward(
   return empty_load_balancing_loss_outputs(router_probs, num_sequences);
 }
 
-at::Tensor load_balancing_loss(
-    const at::Tensor& router_probs, const at::Tensor& topk_ids,
-    const std::optional<at::Tensor>& token_mask, bool normalize_by_topk, c10::SymInt num_sequences,
-    const std::optional<at::Tensor>& expert_share) {
-  return std::get<0>(load_balancing_loss_forward(
-      router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share));
-}
-
 at::Tensor load_balancing_loss_backward(
     const at::Tensor& grad_loss, const at::Tensor& grad_row, const at::Tensor& topk_ids,
     const std::optional<at::Tensor>& token_mask) {
@@ -147,7 +139,6 @@ TORCH_LIBRARY_IMPL(moe_ext, Meta, m) {
   m.impl("topk_router", topk_router);
   m.impl("_router_weights", router_weights);
   m.impl("_router_weights_backward", router_weights_backward);
-  m.impl("load_balancing_loss", load_balancing_loss);
   m.impl("_load_balancing_loss_forward", load_balancing_loss_forward);
   m.impl("_load_balancing_loss_backward", load_balancing_loss_backward);
   m.impl("router_z_loss", router_z_loss);

@@ -30,14 +30,6 @@
 
 namespace moe_ext {
 
-inline void check_token_mask(
-    const char* op, const std::optional<at::Tensor>& token_mask, const at::Tensor& like) {
-  if (!token_mask) return;
-  check_dtype(op, "token_mask", *token_mask, at::kBool);
-  check_shape(op, "token_mask", *token_mask, {{"T", like.sym_size(0)}});
-  check_device(op, "token_mask", *token_mask, like.device());
-}
-
 // T tokens are num_sequences >= 1 sequences of equal length.
 inline void check_sequences(
     const char* op, const char* argument, const c10::SymInt& num_sequences, const c10::SymInt& T) {

@@ -17,6 +17,7 @@
 #include <string>
 
 #include "ops/dtypes.h"
+#include "ops/operands.h"
 
 namespace moe_ext {
 
@@ -169,6 +170,32 @@ inline void check_operand(
       " (cast one of them with .to(), or use torch.autocast)");
   check_memory(op, argument, tensor);
   check_device(op, argument, tensor, like.device());
+}
+
+// [E + 1], as from permute.
+inline void check_offsets(
+    const char* op, const at::Tensor& expert_offsets, const c10::SymInt& num_experts,
+    at::Device device) {
+  check_dtype(op, "expert_offsets", expert_offsets, at::kInt);
+  check_shape(op, "expert_offsets", expert_offsets, {{"E+1", num_experts + 1}});
+  check_device(op, "expert_offsets", expert_offsets, device);
+}
+
+// pair_tokens [P] of pairs whose experts (or rows) are `like` [P].
+inline void check_pair_tokens(
+    const char* op, const at::Tensor& pair_tokens, const at::Tensor& like) {
+  check_ids_dtype(op, "pair_tokens", pair_tokens);
+  check_shape(op, "pair_tokens", pair_tokens, {{"P", like.sym_size(0)}});
+  check_device(op, "pair_tokens", pair_tokens, like.device());
+}
+
+// [T], of the tokens of `like` [T, ...].
+inline void check_token_mask(
+    const char* op, const std::optional<at::Tensor>& token_mask, const at::Tensor& like) {
+  if (!token_mask) return;
+  check_dtype(op, "token_mask", *token_mask, at::kBool);
+  check_shape(op, "token_mask", *token_mask, {{"T", like.sym_size(0)}});
+  check_device(op, "token_mask", *token_mask, like.device());
 }
 
 }  // namespace moe_ext

@@ -99,14 +99,6 @@ inline at::Tensor empty_hidden(
 using ExpertFfnGrads =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// pair_tokens [P] of pairs whose experts (or rows) are `like` [P].
-inline void check_pair_tokens(
-    const char* op, const at::Tensor& pair_tokens, const at::Tensor& like) {
-  check_ids_dtype(op, "pair_tokens", pair_tokens);
-  check_shape(op, "pair_tokens", pair_tokens, {{"P", like.sym_size(0)}});
-  check_device(op, "pair_tokens", pair_tokens, like.device());
-}
-
 inline Activation check_expert_ffn_backward(
     const at::Tensor& grad_out, const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
     const std::optional<at::Tensor>& row_map, const std::optional<at::Tensor>& pair_tokens,

@@ -14,14 +14,6 @@
 
 namespace moe_ext {
 
-inline void check_offsets(
-    const char* op, const at::Tensor& expert_offsets, const c10::SymInt& num_experts,
-    at::Device device) {
-  check_dtype(op, "expert_offsets", expert_offsets, at::kInt);
-  check_shape(op, "expert_offsets", expert_offsets, {{"E+1", num_experts + 1}});
-  check_device(op, "expert_offsets", expert_offsets, device);
-}
-
 inline void check_grouped_linear(
     const at::Tensor& rows, const at::Tensor& expert_offsets, const at::Tensor& weight,
     const std::optional<at::Tensor>& bias) {

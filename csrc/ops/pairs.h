@@ -35,7 +35,6 @@
 #include <tuple>
 
 #include "common/token_rounding.h"
-#include "ops/aux_loss.h"  // check_token_mask
 #include "ops/capacity.h"
 
 namespace moe_ext {

@@ -117,8 +117,4 @@ inline ScoreFunction check_router_weights_backward(
   return parsed;
 }
 
-inline at::Tensor empty_like_contiguous(const at::Tensor& tensor) {
-  return at::empty_like(tensor, tensor.options(), at::MemoryFormat::Contiguous);
-}
-
 }  // namespace moe_ext

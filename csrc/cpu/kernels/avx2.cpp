@@ -8,11 +8,11 @@
 #define MOE_AVX2
 #include "cpu/kernels/table.h"
 
-namespace moe_ext::kernels {
+namespace moe_ext::cpu::kernels {
 
 const Kernels kAvx2Kernels = make_table("avx2");
 
-}  // namespace moe_ext::kernels
+}  // namespace moe_ext::cpu::kernels
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -11,11 +11,11 @@
 #define MOE_AVX512
 #include "cpu/kernels/table.h"
 
-namespace moe_ext::kernels {
+namespace moe_ext::cpu::kernels {
 
 const Kernels kAvx512Kernels = make_table("avx512");
 
-}  // namespace moe_ext::kernels
+}  // namespace moe_ext::cpu::kernels
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -12,11 +12,11 @@
 #define MOE_AVX512_BF16
 #include "cpu/kernels/table.h"
 
-namespace moe_ext::kernels {
+namespace moe_ext::cpu::kernels {
 
 const Kernels kAvx512Bf16Kernels = make_table("avx512_bf16");
 
-}  // namespace moe_ext::kernels
+}  // namespace moe_ext::cpu::kernels
 
 #if defined(__clang__)
 #pragma clang attribute pop

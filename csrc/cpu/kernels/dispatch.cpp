@@ -6,7 +6,7 @@
 
 #include "cpu/kernels/kernels.h"
 
-namespace moe_ext::kernels {
+namespace moe_ext::cpu::kernels {
 namespace {
 
 const Kernels* find(const char* name) {
@@ -49,4 +49,4 @@ bool set_isa(const char* name) {
   return found != nullptr;
 }
 
-}  // namespace moe_ext::kernels
+}  // namespace moe_ext::cpu::kernels

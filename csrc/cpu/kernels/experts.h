@@ -1,18 +1,20 @@
-// The pieces of an expert layer, forward and backward, of one instruction set.
+// The passes of an expert layer, forward and backward, of one instruction set.
 #pragma once
 
-#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/gemm/grad_weights.h"
+#include "cpu/kernels/gemm/product.h"
+#include "cpu/kernels/simd/math.h"
 
-namespace moe_ext::kernels {
+namespace moe_ext::cpu::kernels {
 namespace {
 
 template <class S>
 struct Experts {
-  using G = Gemm<S>;
-  using C = typename G::C;
-  using V = typename G::V;
-  static constexpr int64_t kLanes = G::kLanes;
-  static constexpr int64_t kMaxRows = G::kMaxRows;
+  using P = Product<Dense<S>, Dense<S>>;
+  using C = typename P::C;
+  using V = typename P::V;
+  static constexpr int64_t kLanes = P::kLanes;
+  static constexpr int64_t kBlockM = P::kBlockM;
 
   static const S* row_of(const Rows& rows, int64_t r) {
     return static_cast<const S*>(rows.data) + (rows.index ? rows.index[r] : r) * rows.stride;
@@ -38,20 +40,21 @@ struct Experts {
     }
   }
 
-  // The pieces write and read short runs of far rows: fetched this many rows before they are due.
+  // Epilogues write and read a few lines of rows that lie far apart: fetched so many rows before
+  // they are due, time for a line to come from memory.
   static constexpr int64_t kRowsAhead = 8;
   template <bool kWrite>
-  static MOE_INLINE void fetch_run(const S* p, int64_t count) {
+  static MOE_INLINE void fetch_lines(const S* p, int64_t count) {
     for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(S)); byte += 64) {
       __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, kWrite);
     }
   }
 
-  // The columns of up's piece `col`: of gate and up, or neighbours.
+  // The columns of up's block `col`: of gate and up, or neighbours.
   static Columns<S> up_columns(const UpArgs& args, int64_t expert, int64_t col) {
-    if (!args.gated) return columns(args.gate, expert, col * kPieceCols, args.I);
-    const int64_t n = col * kHalf;
-    const int64_t count = smaller(args.I - n, kHalf);
+    if (!args.gated) return columns(args.gate, expert, col * kBlockN, args.I);
+    const int64_t n = col * kSplitN;
+    const int64_t count = smaller(args.I - n, kSplitN);
     return {
         {of_expert(args.gate, expert) + n * args.gate.n_stride,
          of_expert(args.up, expert) + n * args.up.n_stride},
@@ -61,42 +64,42 @@ struct Experts {
         nullptr};
   }
 
-  static void up(const UpArgs& args, const RowChunk& chunk, int64_t col, bool next, void* scratch) {
-    const int64_t rows = chunk.end - chunk.begin;
-    const S* row[kMaxRows];
-    for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.tokens, chunk.begin + r);
-    const int64_t n = col * (args.gated ? kHalf : kPieceCols);
-    const Columns<S> b = up_columns(args, chunk.expert, col);
-    const int64_t count = args.gated ? b.count[0] : b.size();
-    alignas(64) C bias[kPieceCols];
-    const S* gate_bias = of_expert(args.gate_bias, chunk.expert);
-    const S* up_bias = of_expert(args.up_bias, chunk.expert);
-    read_bias(gate_bias ? gate_bias + n : nullptr, count, args.gated ? kHalf : kPieceCols, bias);
-    if (args.gated) read_bias(up_bias ? up_bias + n : nullptr, count, kHalf, bias + kHalf);
+  static void up(const UpArgs& args, const RowBlock& block, int64_t col, bool next, void* scratch) {
+    const int64_t rows = block.end - block.begin;
+    const S* row[kBlockM];
+    for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.tokens, block.begin + r);
+    const int64_t n = col * (args.gated ? kSplitN : kBlockN);
+    const Columns<S> w = up_columns(args, block.expert, col);
+    const int64_t count = args.gated ? w.count[0] : w.size();
+    alignas(64) C bias[kBlockN];
+    const S* gate_bias = of_expert(args.gate_bias, block.expert);
+    const S* up_bias = of_expert(args.up_bias, block.expert);
+    read_bias(gate_bias ? gate_bias + n : nullptr, count, args.gated ? kSplitN : kBlockN, bias);
+    if (args.gated) read_bias(up_bias ? up_bias + n : nullptr, count, kSplitN, bias + kSplitN);
     const auto finish = [&](const C* c, int64_t first, int64_t tile_rows, int64_t) {
-      finish_up(args, chunk.begin + first, tile_rows, n, count, bias, c);
+      finish_up(args, block.begin + first, tile_rows, n, count, bias, c);
     };
-    const Columns<S> after = next ? up_columns(args, chunk.expert, col + 1) : b;
-    G::multiply(row, rows, args.H, &b, 1, next ? &after : nullptr, scratch, Finish<C>(finish));
+    const Columns<S> after = next ? up_columns(args, block.expert, col + 1) : w;
+    P::run(row, rows, args.H, &w, 1, next ? &after : nullptr, scratch, Epilogue<C>(finish));
   }
 
-  // Bias, the pre-activation and the activation of some rows of a piece: columns [n, n + count),
-  // in c at 0 and, if gated, at kHalf.
+  // Bias, the pre-activation and the activation of some rows of a block: columns [n, n + count),
+  // in c at 0 and, if gated, at kSplitN.
   static void finish_up(
       const UpArgs& args, int64_t begin, int64_t rows, int64_t n, int64_t count, const C* bias,
       const C* c) {
     const int64_t width = args.gated ? 2 * args.I : args.I;
     const auto biased = [&](int64_t r, int64_t i) {
-      return load<V>(c + r * kPieceCols + i) + load<V>(bias + i);
+      return load<V>(c + r * kBlockN + i) + load<V>(bias + i);
     };
     if (args.hidden) {
       S* hidden = static_cast<S*>(args.hidden) + begin * width + n;
       for (int64_t r = 0; r < rows; ++r, hidden += width) {
-        fetch_run<true>(hidden + kRowsAhead * width, count);
-        if (args.gated) fetch_run<true>(hidden + kRowsAhead * width + args.I, count);
+        fetch_lines<true>(hidden + kRowsAhead * width, count);
+        if (args.gated) fetch_lines<true>(hidden + kRowsAhead * width + args.I, count);
         for (int64_t i = 0; i < count; i += kLanes) {
           store(hidden + i, biased(r, i), count - i);
-          if (args.gated) store(hidden + args.I + i, biased(r, kHalf + i), count - i);
+          if (args.gated) store(hidden + args.I + i, biased(r, kSplitN + i), count - i);
         }
       }
     }
@@ -105,116 +108,117 @@ struct Experts {
       using Act = decltype(act);
       S* out = static_cast<S*>(args.activated) + begin * args.I + n;
       for (int64_t r = 0; r < rows; ++r, out += args.I) {
-        fetch_run<true>(out + kRowsAhead * args.I, count);
+        fetch_lines<true>(out + kRowsAhead * args.I, count);
         for (int64_t i = 0; i < count; i += kLanes) {
           const V gate = biased(r, i);
-          const V up = Act::kGated ? biased(r, kHalf + i) : gate;
+          const V up = Act::kGated ? biased(r, kSplitN + i) : gate;
           store(out + i, Act::value(gate, up), count - i);
         }
       }
     });
   }
 
-  static void combine(
-      const CombineArgs& args, const RowChunk* chunks, const TokenBlock& block, int64_t col,
+  static void product(
+      const ProductArgs& args, const RowBlock* blocks, const TokenBlock& tokens, int64_t col,
       bool next, void* scratch_buffer) {
-    const int64_t pitch = args.parts * kPieceCols;
+    const int64_t pitch = args.n_blocks * kBlockN;
     const int64_t n = col * pitch;
     const int64_t count = smaller(args.N - n, pitch);
-    const int64_t parts = (count + kPieceCols - 1) / kPieceCols;
-    const int64_t tokens = block.end - block.begin;
+    const int64_t n_blocks = (count + kBlockN - 1) / kBlockN;
+    const int64_t num_tokens = tokens.end - tokens.begin;
     Scratch scratch(scratch_buffer);
-    C* sums = scratch.take<C>(tokens * pitch);
+    C* sums = scratch.take<C>(num_tokens * pitch);
     C* bias = scratch.take<C>(pitch);
     void* rest = scratch.take<C>(0);
-    __builtin_memset(sums, 0, tokens * pitch * sizeof(C));
+    __builtin_memset(sums, 0, num_tokens * pitch * sizeof(C));
     const C* row_weight = static_cast<const C*>(args.row_weight);
-    const S* row[kMaxRows];
-    for (int64_t i = block.first_chunk; i < block.last_chunk; ++i) {
-      const RowChunk& chunk = chunks[i];
-      const int64_t rows = chunk.end - chunk.begin;
-      for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.rows, chunk.begin + r);
-      const S* expert_bias = of_expert(args.bias, chunk.expert);
+    const S* row[kBlockM];
+    for (int64_t i = tokens.first_block; i < tokens.last_block; ++i) {
+      const RowBlock& block = blocks[i];
+      const int64_t rows = block.end - block.begin;
+      for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.rows, block.begin + r);
+      const S* expert_bias = of_expert(args.bias, block.expert);
       read_bias(expert_bias ? expert_bias + n : nullptr, count, pitch, bias);
-      Columns<S> b[kMaxParts];
-      for (int64_t part = 0; part < parts; ++part) {
-        b[part] = columns(args.weights, chunk.expert, n + part * kPieceCols, args.N);
+      Columns<S> w[kMaxNBlocks];
+      for (int64_t b = 0; b < n_blocks; ++b) {
+        w[b] = columns(args.weights, block.expert, n + b * kBlockN, args.N);
       }
-      const auto finish = [&](const C* c, int64_t first, int64_t tile_rows, int64_t part) {
-        for (int64_t r = chunk.begin + first; tile_rows > 0; --tile_rows, ++r, c += kPieceCols) {
-          const int64_t token = (args.token ? args.token[r] : r) - block.begin;
-          C* to = sums + token * pitch + part * kPieceCols;
-          const C* add = bias + part * kPieceCols;
+      const auto add_rows = [&](const C* c, int64_t first, int64_t tile_rows, int64_t n_block) {
+        for (int64_t r = block.begin + first; tile_rows > 0; --tile_rows, ++r, c += kBlockN) {
+          const int64_t token = (args.token ? args.token[r] : r) - tokens.begin;
+          C* to = sums + token * pitch + n_block * kBlockN;
+          const C* add = bias + n_block * kBlockN;
           const V weight(row_weight ? row_weight[r] : C(1));
-          for (int64_t j = 0; j < smaller(count - part * kPieceCols, kPieceCols); j += kLanes) {
+          for (int64_t j = 0; j < smaller(count - n_block * kBlockN, kBlockN); j += kLanes) {
             store(to + j, multiply_add(weight, load<V>(c + j) + load<V>(add + j), load<V>(to + j)));
           }
         }
       };
-      const bool more = i + 1 < block.last_chunk;
+      const bool more = i + 1 < tokens.last_block;
       const Columns<S> after = columns(
-          args.weights, chunks[more ? i + 1 : block.first_chunk].expert,
+          args.weights, blocks[more ? i + 1 : tokens.first_block].expert,
           more || !next ? n : n + pitch, args.N);
-      G::multiply(
-          row, rows, args.K, b, parts, more || next ? &after : nullptr, rest, Finish<C>(finish));
+      P::run(
+          row, rows, args.K, w, n_blocks, more || next ? &after : nullptr, rest,
+          Epilogue<C>(add_rows));
     }
-    S* out = static_cast<S*>(args.out) + block.begin * args.N + n;
-    for (int64_t t = block.begin; t < block.end; ++t, out += args.N, sums += pitch) {
-      fetch_run<true>(out + kRowsAhead * args.N, count);
+    S* out = static_cast<S*>(args.out) + tokens.begin * args.N + n;
+    for (int64_t t = tokens.begin; t < tokens.end; ++t, out += args.N, sums += pitch) {
+      fetch_lines<true>(out + kRowsAhead * args.N, count);
       for (int64_t j = 0; j < count; j += kLanes) store(out + j, load<V>(sums + j), count - j);
     }
   }
 
   static void grad_hidden(
-      const GradHiddenArgs& args, const RowChunk& chunk, int64_t col, bool next, void* scratch) {
-    const int64_t pitch = args.parts * kPieceCols;
+      const GradHiddenArgs& args, const RowBlock& block, int64_t col, bool next, void* scratch) {
+    const int64_t pitch = args.n_blocks * kBlockN;
     const int64_t n = col * pitch;
-    const int64_t pieces = (smaller(args.I - n, pitch) + kPieceCols - 1) / kPieceCols;
-    const int64_t rows = chunk.end - chunk.begin;
-    const S* row[kMaxRows];
-    for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.grad_out, chunk.begin + r);
-    Columns<S> b[kMaxParts];
-    for (int64_t part = 0; part < pieces; ++part) {
-      b[part] = columns(args.down, chunk.expert, n + part * kPieceCols, args.I);
+    const int64_t n_blocks = (smaller(args.I - n, pitch) + kBlockN - 1) / kBlockN;
+    const int64_t rows = block.end - block.begin;
+    const S* row[kBlockM];
+    for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.grad_out, block.begin + r);
+    Columns<S> w[kMaxNBlocks];
+    for (int64_t b = 0; b < n_blocks; ++b) {
+      w[b] = columns(args.down, block.expert, n + b * kBlockN, args.I);
     }
-    const auto finish = [&](const C* c, int64_t first, int64_t tile_rows, int64_t part) {
-      finish_grad_hidden(args, chunk.begin + first, tile_rows, col * args.parts + part, c);
+    const auto finish = [&](const C* c, int64_t first, int64_t tile_rows, int64_t n_block) {
+      finish_grad_hidden(args, block.begin + first, tile_rows, col * args.n_blocks + n_block, c);
     };
     const Columns<S> after =
-        next ? columns(args.down, chunk.expert, n + pitch, args.I) : Columns<S>();
-    G::multiply(row, rows, args.H, b, pieces, next ? &after : nullptr, scratch, Finish<C>(finish));
+        next ? columns(args.down, block.expert, n + pitch, args.I) : Columns<S>();
+    P::run(row, rows, args.H, w, n_blocks, next ? &after : nullptr, scratch, Epilogue<C>(finish));
 
-    const S* bias = of_expert(args.down_bias, chunk.expert);
-    if (!args.grad_weight_parts || !bias || col > 0) return;
-    C* parts = static_cast<C*>(args.grad_weight_parts);
+    const S* bias = of_expert(args.down_bias, block.expert);
+    if (!args.grad_weight_sums || !bias || col > 0) return;
+    C* sums = static_cast<C*>(args.grad_weight_sums);
     for (int64_t r = 0; r < rows; ++r) {
       V dot(0.0);
       for (int64_t i = 0; i < args.H; i += kLanes) {
         dot = multiply_add(load<V>(row[r] + i, args.H - i), load<V>(bias + i, args.H - i), dot);
       }
-      parts[chunk.begin + r] += sum(dot);
+      sums[block.begin + r] += sum(dot);
     }
   }
 
   static void finish_grad_hidden(
       const GradHiddenArgs& args, int64_t begin, int64_t rows, int64_t col, const C* c) {
-    const int64_t n = col * kPieceCols;
-    const int64_t count = smaller(args.I - n, kPieceCols);
+    const int64_t n = col * kBlockN;
+    const int64_t count = smaller(args.I - n, kBlockN);
     const int64_t width = args.gated ? 2 * args.I : args.I;
     const int64_t up_at = args.gated ? args.I : 0;
     const C* row_weight = static_cast<const C*>(args.row_weight);
-    C* parts = static_cast<C*>(args.grad_weight_parts);
+    C* sums = static_cast<C*>(args.grad_weight_sums);
     dispatch_activation(args.activation, args.gated, [&](auto act) {
       using Act = decltype(act);
-      for (int64_t r = begin; r < begin + rows; ++r, c += kPieceCols) {
+      for (int64_t r = begin; r < begin + rows; ++r, c += kBlockN) {
         const S* hidden = static_cast<const S*>(args.hidden) + r * width + n;
         S* grad = args.grad_hidden ? static_cast<S*>(args.grad_hidden) + r * width + n : nullptr;
         S* weighted = args.weighted ? static_cast<S*>(args.weighted) + r * args.I + n : nullptr;
-        fetch_run<false>(hidden + kRowsAhead * width, count);
-        if (Act::kGated) fetch_run<false>(hidden + kRowsAhead * width + up_at, count);
-        if (grad) fetch_run<true>(grad + kRowsAhead * width, count);
-        if (grad && Act::kGated) fetch_run<true>(grad + kRowsAhead * width + up_at, count);
-        if (weighted) fetch_run<true>(weighted + kRowsAhead * args.I, count);
+        fetch_lines<false>(hidden + kRowsAhead * width, count);
+        if (Act::kGated) fetch_lines<false>(hidden + kRowsAhead * width + up_at, count);
+        if (grad) fetch_lines<true>(grad + kRowsAhead * width, count);
+        if (grad && Act::kGated) fetch_lines<true>(grad + kRowsAhead * width + up_at, count);
+        if (weighted) fetch_lines<true>(weighted + kRowsAhead * args.I, count);
         const V weight(row_weight ? row_weight[r] : C(1));
         V dot(0.0);
         for (int64_t i = 0; i < count; i += kLanes) {
@@ -232,42 +236,42 @@ struct Experts {
             if (Act::kGated) store(grad + up_at + i, dup, left);
           }
         }
-        if (parts) parts[col * args.num_rows + r] = sum(dot);
+        if (sums) sums[col * args.num_rows + r] = sum(dot);
       }
     });
   }
 
   static void grad_weights(
-      const GradWeightsArgs& args, const RowChunk& chunk, int64_t m_block, int64_t n_block,
+      const GradWeightsArgs& args, const RowBlock& block, int64_t m_block, int64_t n_block,
       void* scratch) {
-    const int64_t m = m_block * kGradRows, n = n_block * kGradCols;
-    const int64_t M = smaller(args.M - m, kGradRows), N = smaller(args.N - n, kGradCols);
-    S* grad = static_cast<S*>(args.grad) + (chunk.expert * args.M + m) * args.N + n;
-    if (chunk.begin == chunk.end) {
+    const int64_t m = m_block * kGradBlockM, n = n_block * kGradBlockN;
+    const int64_t M = smaller(args.M - m, kGradBlockM), N = smaller(args.N - n, kGradBlockN);
+    S* grad = static_cast<S*>(args.grad) + (block.expert * args.M + m) * args.N + n;
+    if (block.begin == block.end) {
       for (int64_t i = 0; i < M; ++i) __builtin_memset(grad + i * args.N, 0, N * sizeof(S));
       return;
     }
     const bool aligned =
         reinterpret_cast<uintptr_t>(grad) % 64 == 0 && args.N * sizeof(S) % 64 == 0;
-    G::multiply_transposed(
-        args.left, m, M, args.right, n, N, chunk.begin, chunk.end,
+    GradWeights<S>::run(
+        args.left, m, M, args.right, n, N, block.begin, block.end,
         {grad, args.N, args.stream && aligned}, scratch);
     if (args.stream && aligned) finish_streams();
   }
 
-  static void column_sum(const ColumnSumArgs& args, const RowChunk& chunk, int64_t col) {
-    const int64_t m = col * kPieceCols;
-    const int64_t count = smaller(args.M - m, kPieceCols);
+  static void column_sum(const ColumnSumArgs& args, const RowBlock& block, int64_t col) {
+    const int64_t m = col * kBlockN;
+    const int64_t count = smaller(args.M - m, kBlockN);
     const C* row_weight = static_cast<const C*>(args.row_weight);
-    alignas(64) C sums[kPieceCols] = {};
-    for (int64_t r = chunk.begin; r < chunk.end; ++r) {
+    alignas(64) C sums[kBlockN] = {};
+    for (int64_t r = block.begin; r < block.end; ++r) {
       const S* row = row_of(args.rows, r) + m;
       const V weight(row_weight ? row_weight[r] : C(1));
       for (int64_t i = 0; i < count; i += kLanes) {
         store(sums + i, multiply_add(weight, load<V>(row + i, count - i), load<V>(sums + i)));
       }
     }
-    S* out = static_cast<S*>(args.sum) + chunk.expert * args.M + m;
+    S* out = static_cast<S*>(args.sum) + block.expert * args.M + m;
     for (int64_t i = 0; i < count; i += kLanes) store(out + i, load<V>(sums + i), count - i);
   }
 
@@ -312,11 +316,19 @@ struct Experts {
   }
 
   static constexpr TypeKernels table() {
-    return {kMaxRows,  G::scratch_bytes,  G::grad_scratch_bytes, up,
-            combine,   grad_hidden,       grad_weights,          column_sum,
-            unpermute, unpermute_backward};
+    return {
+        kBlockM,
+        P::scratch_bytes,
+        GradWeights<S>::scratch_bytes,
+        up,
+        product,
+        grad_hidden,
+        grad_weights,
+        column_sum,
+        unpermute,
+        unpermute_backward};
   }
 };
 
 }  // namespace
-}  // namespace moe_ext::kernels
+}  // namespace moe_ext::cpu::kernels

@@ -1,7 +1,7 @@
 // The CPU kernels: one table of functions for each instruction set, without torch.
 //
-// Work is cut into pieces that depend on shapes and routing alone, each writing places of its own,
-// so the bits of a result depend neither on the number of threads nor on who runs which piece.
+// Work is cut into tasks that depend on shapes and routing alone, each writing places of its own,
+// so the bits of a result depend neither on the number of threads nor on who runs which task.
 // Letters as everywhere: T tokens, H hidden, I intermediate, E experts, N routed rows.
 #pragma once
 
@@ -10,8 +10,9 @@
 #include "common/activation.h"
 #include "common/score_function.h"
 #include "common/types.h"
+#include "cpu/kernels/tuning.h"
 
-namespace moe_ext::kernels {
+namespace moe_ext::cpu::kernels {
 
 struct bf16 {
   uint16_t bits;
@@ -19,12 +20,6 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
-
-// Columns of a matrix product that one piece computes, and of weights' gradients per piece.
-constexpr int64_t kPieceCols = 64;
-constexpr int64_t kMaxParts = 4;
-constexpr int64_t kGradRows = 256;
-constexpr int64_t kGradCols = 256;
 
 // Rows of a matrix, gathered: row r begins at data + (index ? index[r] : r) * stride elements and
 // is contiguous.
@@ -50,7 +45,7 @@ struct Bias {
 };
 
 // Rows [begin, end) belong to the expert.
-struct RowChunk {
+struct RowBlock {
   int64_t expert;
   int64_t begin;
   int64_t end;
@@ -69,7 +64,7 @@ struct UpArgs {
 };
 
 // out[t] = sum over the rows r with token(r) == t of weight(r) * (rows[r] weights^T + bias).
-struct CombineArgs {
+struct ProductArgs {
   int64_t K, N;  // columns of rows and of out
   Rows rows;
   Weights weights;         // [N, K]
@@ -77,14 +72,14 @@ struct CombineArgs {
   const int32_t* token;    // of a row, or null: the row itself
   const void* row_weight;  // compute type, or null: 1
   void* out;               // [T, N]
-  int64_t parts;  // pieces side by side in one: 1, or kMaxParts where rows of weights^T are
-                  // so far apart that reading few columns of each wastes memory's time
+  int64_t n_blocks;  // side by side in one task: 1, or kMaxNBlocks where rows of weights^T are so
+                     // far apart that reading few columns of each wastes memory's time
 };
 
-// Tokens [begin, end), whose rows are the chunks [first_chunk, last_chunk).
+// Tokens [begin, end), whose rows are the blocks [first_block, last_block) of a list.
 struct TokenBlock {
   int64_t begin, end;
-  int64_t first_chunk, last_chunk;
+  int64_t first_block, last_block;
 };
 
 // From the gradient of the finished rows back to the pre-activation.
@@ -99,10 +94,10 @@ struct GradHiddenArgs {
   const void* row_weight;  // compute type, or null: 1
   void* grad_hidden;       // like hidden; may be null
   void* weighted;          // [N, I]: weight * activation; may be null
-  // [ceil(I / kPieceCols), num_rows] compute type: parts of <grad_out, unweighted row>; may be
-  // null.
-  void* grad_weight_parts;
-  int64_t parts;  // as in CombineArgs
+  // [ceil(I / kBlockN), num_rows] compute type: <grad_out, unweighted row>, a sum for each block of
+  // columns; may be null.
+  void* grad_weight_sums;
+  int64_t n_blocks;  // as in ProductArgs
 };
 
 // grad[e, m, n] = sum over the rows r of expert e of left[r, m] * right[r, n].
@@ -142,24 +137,24 @@ struct UnpermuteGradArgs {
   void* grad_weights;          // [T, K] compute type; may be null
 };
 
-// The functions for one storage type. `col` counts blocks of kPieceCols output columns; `next` says
-// that the caller will do the piece of the next col after this one: its weights are fetched ahead.
+// The functions for one storage type. `col` counts blocks of kBlockN output columns; `next` says
+// that the caller will run the next col after this one: its weights are fetched ahead.
 struct TypeKernels {
-  int64_t max_chunk_rows;  // of a RowChunk
-  // Bytes of scratch that a piece of `parts` parts needs, for chunks of at most `rows` rows and
-  // products over at most `k` terms; combine also needs kPieceCols compute numbers per part for
-  // every token of its block and one more.
-  int64_t (*scratch_bytes)(int64_t rows, int64_t k, int64_t parts);
+  int64_t max_block_rows;  // of a RowBlock
+  // Bytes of scratch that n_blocks blocks of at most `rows` rows need, for products over at most
+  // `k` terms; product also needs kBlockN compute numbers per block of columns for every token of
+  // its block and one more.
+  int64_t (*scratch_bytes)(int64_t rows, int64_t k, int64_t n_blocks);
   int64_t (*grad_scratch_bytes)(int64_t rows);
-  void (*up)(const UpArgs&, const RowChunk&, int64_t col, bool next, void* scratch);
-  void (*combine)(
-      const CombineArgs&, const RowChunk* chunks, const TokenBlock&, int64_t col, bool next,
+  void (*up)(const UpArgs&, const RowBlock&, int64_t col, bool next, void* scratch);
+  void (*product)(
+      const ProductArgs&, const RowBlock* blocks, const TokenBlock&, int64_t col, bool next,
       void* scratch);
   void (*grad_hidden)(
-      const GradHiddenArgs&, const RowChunk&, int64_t col, bool next, void* scratch);
+      const GradHiddenArgs&, const RowBlock&, int64_t col, bool next, void* scratch);
   void (*grad_weights)(
-      const GradWeightsArgs&, const RowChunk&, int64_t m_block, int64_t n_block, void* scratch);
-  void (*column_sum)(const ColumnSumArgs&, const RowChunk&, int64_t col);
+      const GradWeightsArgs&, const RowBlock&, int64_t m_block, int64_t n_block, void* scratch);
+  void (*column_sum)(const ColumnSumArgs&, const RowBlock&, int64_t col);
   void (*unpermute)(const UnpermuteArgs&, int64_t first_token, int64_t last_token);
   void (*unpermute_backward)(const UnpermuteGradArgs&, int64_t first_row, int64_t last_row);
 };
@@ -180,7 +175,7 @@ struct ChoiceArgs {
 // The functions for one compute type, on the tokens [begin, end); token_mask [T] may be null.
 struct RouterKernels {
   int64_t (*scratch_bytes)(int64_t E, int64_t K);
-  // ids [T, K], best first, by routing.md's order: larger keys, then lower ids; NaN last.
+  // ids [T, K], best first: larger keys, then lower ids; NaN last.
   void (*choose)(
       const RouterArgs&, const ChoiceArgs&, int64_t begin, int64_t end, int64_t* ids,
       void* scratch);
@@ -226,4 +221,4 @@ extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
 #endif
 
-}  // namespace moe_ext::kernels
+}  // namespace moe_ext::cpu::kernels

@@ -3,14 +3,17 @@
 
 #include <limits>
 
-#include "cpu/kernels/vec.h"
+#include "cpu/kernels/scratch.h"
+#include "cpu/kernels/simd/convert.h"
+#include "cpu/kernels/simd/math.h"
+#include "cpu/kernels/simd/shuffle.h"
 
-namespace moe_ext::kernels {
+namespace moe_ext::cpu::kernels {
 namespace {
 
 // Walks a row of numbers by vectors, as common/score_function.h asks.
 template <class T>
-struct Row {
+struct VecRow {
   using Scalar = T;
   using V = Vec<T>;
   static constexpr int64_t kLanes = V::kLanes;
@@ -54,7 +57,7 @@ struct Row {
 
 template <class T>
 struct Router {
-  using R = Row<T>;
+  using R = VecRow<T>;
   using V = Vec<T>;
   static constexpr int64_t kLanes = V::kLanes;
 
@@ -247,4 +250,4 @@ struct Router {
 };
 
 }  // namespace
-}  // namespace moe_ext::kernels
+}  // namespace moe_ext::cpu::kernels

@@ -4,7 +4,7 @@
 #include "cpu/kernels/experts.h"
 #include "cpu/kernels/router.h"
 
-namespace moe_ext::kernels {
+namespace moe_ext::cpu::kernels {
 namespace {
 
 constexpr Kernels make_table(const char* isa) {
@@ -16,4 +16,4 @@ constexpr Kernels make_table(const char* isa) {
 }
 
 }  // namespace
-}  // namespace moe_ext::kernels
+}  // namespace moe_ext::cpu::kernels

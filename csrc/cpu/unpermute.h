@@ -6,13 +6,14 @@
 #include <ATen/core/Tensor.h>
 
 #include "cpu/operands.h"
+#include "ops/operands.h"
 
 namespace moe_ext::cpu {
 
 // out[t] = sum_k weights[t, k] * rows[row_map[t, k]], k ascending, summed in the compute dtype.
 //   rows [N, H]   row_map [T, K], -1 is skipped   out [T, H]
 //   weights [T, K]: contiguous, in the compute dtype, or undefined: 1
-inline void combine(
+inline void unpermute_rows(
     const at::Tensor& rows_, const at::Tensor& row_map_, const at::Tensor& weights,
     const at::Tensor& out) {
   const at::Tensor rows = rows_.contiguous();

@@ -5,13 +5,15 @@
 
 #include <vector>
 
+#include "cpu/plan.h"
 #include "ops/expert_ffn.h"
 
 namespace moe_ext::cpu {
 
-// Where the experts' rows come from and go to.
-struct ExpertRows {
-  std::vector<int64_t> offsets;  // [E + 1], checked
+// The experts' rows: of expert e those in [offsets[e], offsets[e + 1]), where each comes from and
+// goes to, and what it weighs.
+struct RoutedRows {
+  std::vector<int64_t> offsets;  // [E + 1]
   std::vector<int32_t> slot;     // of a row, of moe_ffn; else empty
   std::vector<int32_t> token;    // of a row, of moe_ffn; else empty: row r is token r
   at::Tensor weight;             // [N] compute dtype, or undefined: 1
@@ -21,16 +23,18 @@ struct ExpertRows {
 };
 
 // The rows of moe_ffn: weights [T, K] in slot order, or, with pair_tokens (read_pair_tokens, else
-// undefined), [P]. Also checks that row_map and expert_offsets fit each other, on which the kernels
-// rely.
-ExpertRows moe_rows(
-    const char* op, const at::Tensor& row_map, const at::Tensor& pair_tokens,
-    const at::Tensor& expert_offsets, const at::Tensor& weights, at::ScalarType compute);
+// undefined), [P].
+RoutedRows route(
+    Plan&& plan, const at::Tensor& pair_tokens, const at::Tensor& weights, at::ScalarType compute);
+
+// Of a plan that came as an argument (read_plan): that every row has a token and that an expert's
+// rows are in the order of their tokens, on which the kernels rely.
+void check_tokens(const char* op, const RoutedRows& rows);
 
 // out [T, H] receives the weighted sum of each token's rows; hidden [N, W] the pre-activation, if
 // defined (rows past the last expert's are not touched).
-void expert_ffn_forward(
-    const at::Tensor& tokens, const ExpertRows& rows, const ExpertWeights& experts,
+void experts_forward(
+    const at::Tensor& tokens, const RoutedRows& rows, const ExpertWeights& experts,
     Activation activation, bool gated, const at::Tensor& out, const at::Tensor& hidden);
 
 // grad_out and tokens [T, H]; hidden [N, W], or undefined: recomputed from the tokens. Writes the
@@ -43,8 +47,8 @@ struct RowGrads {
   at::Tensor gate_up_bias;
   at::Tensor down_bias;
 };
-void expert_ffn_backward(
-    const at::Tensor& grad_out, const at::Tensor& tokens, const ExpertRows& rows,
+void experts_backward(
+    const at::Tensor& grad_out, const at::Tensor& tokens, const RoutedRows& rows,
     const at::Tensor& hidden, const ExpertWeights& experts, Activation activation, bool gated,
     const RowGrads& grads);
 

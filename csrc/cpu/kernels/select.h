@@ -1,4 +1,4 @@
-// The best of a stream, without sorting it. No torch here: tests/test_kernels.cpp runs it, too.
+// The best of a stream, without sorting it.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 #include "common/score_function.h"  // is_valid
 
-namespace moe_ext::cpu {
+namespace moe_ext::cpu::kernels {
 
 // Keeps the `count` largest of the keys pushed, in any number; ties go to the earlier one. NaN
 // counts as -infinity. Indices must ascend.
@@ -105,4 +105,4 @@ inline int64_t count_routed_tokens(const int64_t* ids, int64_t T, int64_t K, int
   return tokens;
 }
 
-}  // namespace moe_ext::cpu
+}  // namespace moe_ext::cpu::kernels

@@ -1,0 +1,95 @@
+// What expert_ffn, moe_ffn and _moe_ffn_pairs share: the experts' arguments, what backward needs,
+// and the backward operator.
+#pragma once
+
+#include <array>
+
+#include "autograd/function.h"
+
+namespace moe_ext::autograd {
+
+// The experts' weights and what is done with them, below the schemas.
+struct Experts {
+  const Tensor& gate_up_proj;
+  const Tensor& down_proj;
+  const OptionalTensor& gate_up_bias;
+  const OptionalTensor& down_bias;
+  c10::string_view activation;
+  bool gated;
+
+  bool will_backward() const {
+    return autograd::will_backward(gate_up_proj, down_proj, gate_up_bias, down_bias);
+  }
+};
+
+// The tensors that backward needs; those that are absent are undefined. `hidden` is so where it is
+// computed again, and row_map where the rows are grouped already (expert_ffn).
+struct SavedExperts {
+  Tensor tokens, weights, row_map, pair_tokens, expert_offsets, hidden;
+  Tensor gate_up_proj, down_proj, gate_up_bias, down_bias;
+
+  void set_experts(const Experts& experts) {
+    gate_up_proj = experts.gate_up_proj;
+    down_proj = experts.down_proj;
+    gate_up_bias = experts.gate_up_bias.value_or(Tensor());
+    down_bias = experts.down_bias.value_or(Tensor());
+  }
+
+  void save(AutogradContext* ctx, const Experts& experts) {
+    set_experts(experts);
+    ctx->save_for_backward(list());
+    ctx->saved_data["activation"] = std::string(experts.activation);
+    ctx->saved_data["gated"] = experts.gated;
+    ctx->set_materialize_grads(false);
+  }
+  static SavedExperts load(const AutogradContext* ctx) {
+    const variable_list saved = ctx->get_saved_variables();
+    SavedExperts experts;
+    size_t i = 0;
+    for (Tensor* field : experts.fields()) *field = saved[i++];
+    return experts;
+  }
+
+  variable_list list() {
+    variable_list list;
+    for (const Tensor* field : fields()) list.push_back(*field);
+    return list;
+  }
+
+ private:
+  std::array<Tensor*, 10> fields() {
+    return {&tokens, &weights,      &row_map,   &pair_tokens,  &expert_offsets,
+            &hidden, &gate_up_proj, &down_proj, &gate_up_bias, &down_bias};
+  }
+};
+
+// Of tokens, weights, gate_up_proj, down_proj, gate_up_bias, down_bias.
+using ExpertGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+inline ExpertGrads experts_backward(
+    AutogradContext* ctx, const Tensor& grad_out, const SavedExperts& saved,
+    std::array<bool, 6> output_mask) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  static const auto op = find_op<ExpertGrads(
+      const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+      const OptionalTensor&, const OptionalTensor&, c10::string_view, bool, std::array<bool, 6>)>(
+      "moe_ext::_expert_ffn_backward");
+  return op.call(
+      grad_out, saved.tokens, as_optional(saved.weights), as_optional(saved.row_map),
+      as_optional(saved.pair_tokens), saved.expert_offsets, as_optional(saved.hidden),
+      saved.gate_up_proj, saved.down_proj, as_optional(saved.gate_up_bias),
+      as_optional(saved.down_bias), ctx->saved_data["activation"].toStringView(),
+      ctx->saved_data["gated"].toBool(), output_mask);
+}
+
+// Whether hidden is kept for backward, if there will be one; else it is computed again. (Below,
+// only save_hidden is passed on, so this is where an unknown recompute is refused.)
+inline bool keeps_hidden(const char* op, c10::string_view recompute) {
+  TORCH_CHECK_VALUE(
+      recompute == "activation" || recompute == "hidden", op,
+      ": recompute must be activation or hidden, got ", recompute);
+  return recompute == "activation";
+}
+
+}  // namespace moe_ext::autograd

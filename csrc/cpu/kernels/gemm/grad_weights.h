@@ -1,0 +1,87 @@
+// A block of a weights' gradient: left^T right, a sum over the rows of an expert. Both operands are
+// packed, a block of rows at a time, and the tiles of a product run over them.
+#pragma once
+
+#include "cpu/kernels/gemm/pack.h"
+#include "cpu/kernels/gemm/tile.h"
+#include "cpu/kernels/scratch.h"
+
+namespace moe_ext::cpu::kernels {
+namespace {
+
+template <class S>
+struct GradWeights : Operands<S> {
+  using O = Operands<S>;
+  using P = Pack<Dense<S>>;
+  using O::kLanes;
+  using O::kPanelN;
+  using O::kPanelSplitN;
+  using O::steps_of;
+  using typename O::C;
+  using typename O::Operand;
+  using typename O::V;
+
+  static int64_t scratch_bytes(int64_t rows) {
+    const int64_t steps = steps_of(smaller(rows, kGradBlockK));
+    return Scratch::bytes<C>(kGradBlockM * kGradBlockN) + Scratch::bytes<Operand>(steps * kPanelN) +
+           Scratch::bytes<Operand>(steps * kGradBlockM);
+  }
+
+  // out [M, N] = left^T right over the rows [begin, end): M <= kGradBlockM columns of left from
+  // left_col, N <= kGradBlockN columns of right from right_col.
+  static void run(
+      const Rows& left, int64_t left_col, int64_t M, const Rows& right, int64_t right_col,
+      int64_t N, int64_t begin, int64_t end, const DirectStore<S>& out, void* scratch_buffer) {
+    Scratch scratch(scratch_buffer);
+    C* c = scratch.take<C>(kGradBlockM * kGradBlockN);
+    const int64_t block = smaller(end - begin, kGradBlockK);
+    Operand* panel = scratch.take<Operand>(steps_of(block) * kPanelN);
+    Operand* packed = scratch.take<Operand>(steps_of(block) * kGradBlockM);
+    const char* row[kGradBlockM];
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t terms = smaller(end - first, block);
+      const int64_t steps = steps_of(terms);
+      P::rows(
+          from(left, first, left_col), left.stride, index_from(left, first), M,
+          (M + kLanes - 1) / kLanes * kLanes, terms, packed, kLanes, steps * kLanes);
+      for (int64_t m = 0; m < M; ++m) {
+        row[m] = reinterpret_cast<const char*>(packed + m / kLanes * steps * kLanes + m % kLanes);
+      }
+      const typename Tile<S>::Rows a{row, M, kLanes * sizeof(Operand), 0, false};
+      const bool last = first + terms == end;
+      for (int64_t n = 0; n < N; n += kBlockN) {
+        const S* data = from(right, first, right_col + n);
+        const Columns<S> b = neighbours(data, N - n, 1, right.stride, index_from(right, first));
+        const bool whole = N - n >= kBlockN;
+        const auto store_rows = [&](const C* sums, int64_t first_row, int64_t count, int64_t) {
+          S* to = out.out + first_row * out.stride + n;
+          for (int64_t r = 0; r < count; ++r, to += out.stride, sums += kBlockN) {
+            for (int64_t j = 0; j < N - n; j += kLanes) store(to + j, load<V>(sums + j), N - n - j);
+          }
+        };
+        DirectStore<S> direct;
+        if (last && whole) direct = {out.out + n, out.stride, out.past};
+        Prefetcher prefetcher(reinterpret_cast<const char*>(panel));
+        for (int64_t p = 0; p < P::panels_of(b); ++p) {
+          P::panel(b, p, 0, terms, panel);
+          const bool complete = last && !whole && p + 1 == P::panels_of(b);
+          const Epilogue<C> epilogue = complete ? Epilogue<C>(store_rows) : Epilogue<C>();
+          Tile<S>::column(
+              a, steps, panel, {c + n * M, p * kPanelSplitN, first > begin, epilogue, 0, direct},
+              prefetcher);
+        }
+      }
+    }
+  }
+
+ private:
+  static const S* from(const Rows& rows, int64_t row, int64_t col) {
+    return static_cast<const S*>(rows.data) + (rows.index ? 0 : row * rows.stride) + col;
+  }
+  static const int32_t* index_from(const Rows& rows, int64_t row) {
+    return rows.index ? rows.index + row : nullptr;
+  }
+};
+
+}  // namespace
+}  // namespace moe_ext::cpu::kernels

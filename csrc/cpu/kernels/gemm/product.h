@@ -1,0 +1,191 @@
+// The product A W^T of a block: at most kBlockM rows by kBlockN columns, over all terms, then its
+// epilogue.
+//
+// The rows of A are read where they lie, through a table of pointers, so gathering costs nothing.
+// With many rows W is packed, a block of terms at a time, into a panel that tiles run down.
+#pragma once
+
+#include "cpu/kernels/gemm/dots.h"
+#include "cpu/kernels/gemm/pack.h"
+#include "cpu/kernels/gemm/tile.h"
+#include "cpu/kernels/scratch.h"
+
+namespace moe_ext::cpu::kernels {
+namespace {
+
+// A, W: the formats of both operands. They may store what they like, but are multiplied as one kind
+// of operand, A's.
+template <class A, class W>
+struct Product : A::Operands {
+  using O = typename A::Operands;
+  using S = typename A::Element;
+  using Columns = typename W::Columns;
+  using O::kDirect;
+  using O::kLanes;
+  using O::kPairs;
+  using O::kPanelN;
+  using O::kPanelSplitN;
+  using O::kTermsPerStep;
+  using O::steps_of;
+  using typename O::C;
+  using typename O::Operand;
+  using typename O::V;
+
+  static constexpr int64_t kBlockM = kDirect ? kMaxBlockM : kMaxCopiedBlockM;
+
+  static int64_t scratch_bytes(int64_t rows, int64_t terms, int64_t n_blocks) {
+    const int64_t block = smaller(terms, kBlockK);
+    const int64_t dot_rows =
+        smaller(rows, kMaxDotM) * row_pitch(smaller(terms, Dots<W>::kBlockTerms));
+    const int64_t packed_rows = kDirect ? 0 : rows * row_pitch(block);
+    const int64_t copied = larger(larger(dot_rows, packed_rows), row_pitch(terms));
+    return Scratch::bytes<C>(n_blocks * rows * kBlockN) +
+           Scratch::bytes<Operand>(steps_of(block) * kPanelN) + Scratch::bytes<char>(copied);
+  }
+
+  // For each of n_blocks blocks of columns side by side: c [rows, kBlockN] = rows of a times
+  // w[n_block], over `terms`, goes to the epilogue; columns that w does not have are undefined.
+  // `next` may name the w of the next product, to be fetched ahead.
+  static void run(
+      const S* const* a, int64_t rows, int64_t terms, const Columns* w, int64_t n_blocks,
+      const Columns* next, void* scratch_buffer, const Epilogue<C>& epilogue) {
+    const Path path = path_of(rows, terms, *w);
+    const bool copies = copies_rows(path, rows, terms);
+    const int64_t block = smaller(terms, most_terms(path, terms, n_blocks));
+    Scratch scratch(scratch_buffer);
+    C* c = scratch.take<C>(n_blocks * rows * kBlockN);
+    Operand* panel =
+        path == Path::kTiles ? scratch.take<Operand>(steps_of(block) * kPanelN) : nullptr;
+    char* copied = copies ? scratch.take<char>(rows * row_pitch(block)) : nullptr;
+    const char* row[kBlockM];
+    for (int64_t first = 0; first < terms; first += block) {
+      const int64_t count = smaller(terms - first, block);
+      for (int64_t m = 0; m < rows; ++m) {
+        row[m] = reinterpret_cast<const char*>(a[m] + first);
+        if (copies) {
+          char* to = copied + m * row_pitch(block);
+          copy_row(a[m] + first, count, to);
+          row[m] = to;
+        }
+      }
+      Prefetcher prefetcher(reinterpret_cast<const char*>(c));
+      const bool last = first + count == terms;
+      const int64_t row_bytes = count * static_cast<int64_t>(sizeof(Operand)) / kTermsPerStep;
+      if (path != Path::kStream && !(last && !next)) {
+        const int64_t coming = last ? smaller(terms, block) : smaller(terms - first - count, block);
+        const int64_t calls =
+            path == Path::kTiles ? tile_calls(rows, count, row_bytes) : dot_calls(rows, count);
+        fetch_block(
+            last ? next : w, n_blocks, last ? 0 : first + count, coming, n_blocks * calls,
+            prefetcher);
+      }
+      for (int64_t n_block = 0; n_block < n_blocks; ++n_block) {
+        C* c_block = c + n_block * rows * kBlockN;
+        if (path != Path::kTiles) {
+          Dots<W>::block(
+              row, rows, Dots<W>::m_tiles_of(rows), w[n_block], first, count, path == Path::kStream,
+              c_block, prefetcher);
+          if (last) epilogue(c_block, 0, rows, n_block);
+          continue;
+        }
+        const typename Tile<S>::Rows a_rows{
+            row, rows, sizeof(Operand), row_bytes, kPairs && count % 2};
+        const int64_t panels = Pack<W>::panels_of(w[n_block]);
+        for (int64_t p = 0; p < panels; ++p) {
+          Pack<W>::panel(w[n_block], p, first, count, panel);
+          const bool complete = last && p + 1 == panels;
+          Tile<S>::column(
+              a_rows, steps_of(count), panel,
+              {c_block, p * kPanelSplitN, first > 0, complete ? epilogue : Epilogue<C>(), n_block},
+              prefetcher);
+        }
+      }
+    }
+  }
+
+ private:
+  // kTiles: W is packed. kDots: it is read where it lies. kStream: so it is, a column at a time
+  // over all terms, in one stream from memory.
+  enum class Path { kTiles, kDots, kStream };
+
+  static Path path_of(int64_t rows, int64_t terms, const Columns& w) {
+    const bool few = rows <= Dots<W>::max_m(terms) || (kDirect && w.size() <= kMaxDotN);
+    if (w.k_stride != 1 || !few) return Path::kTiles;
+    return rows == 1 ? Path::kStream : Path::kDots;
+  }
+
+  // Rows are copied where they must be widened, and for dot products, which go over them once for
+  // every few columns.
+  static bool copies_rows(Path path, int64_t rows, int64_t terms) {
+    return !kDirect || (path == Path::kDots && rows <= Dots<W>::max_m(terms));
+  }
+
+  static int64_t most_terms(Path path, int64_t terms, int64_t n_blocks) {
+    if (path == Path::kStream) return terms;
+    if (path == Path::kDots) return Dots<W>::kBlockTerms;
+    return n_blocks > 1 ? kWideBlockK : kBlockK;
+  }
+
+  // Bytes of a copied row of a: whole vectors, and never rows at equal places of a page, which
+  // would drive each other out of the nearest cache.
+  static int64_t row_pitch(int64_t terms) {
+    const int64_t bytes = steps_of(terms) * static_cast<int64_t>(sizeof(Operand));
+    return (bytes + MOE_VECTOR_BYTES - 1) / MOE_VECTOR_BYTES * MOE_VECTOR_BYTES + 64;
+  }
+
+  // `count` terms of a row as operands.
+  static void copy_row(const S* a, int64_t count, char* to) {
+    if constexpr (kDirect) {
+      __builtin_memcpy(to, a, count * sizeof(S));
+    } else {
+      Operand* out = reinterpret_cast<Operand*>(to);
+      for (int64_t k = 0; k < count; k += kLanes) {
+        store(out + k, load<V>(a + k, count - k), count - k);
+      }
+    }
+  }
+
+  // Calls of Prefetcher::next while a whole block is computed, without those that the rows take.
+  static int64_t calls_for(int64_t lines) {
+    return (lines + Prefetcher::kLinesPerCall - 1) / Prefetcher::kLinesPerCall;
+  }
+  static int64_t tile_calls(int64_t rows, int64_t terms, int64_t row_bytes) {
+    const int64_t tiles = (rows + kTileM - 1) / kTileM;
+    return kSplitN / kPanelSplitN *
+           (tiles * calls_for(steps_of(terms)) - rows * calls_for((row_bytes + 63) / 64));
+  }
+  static int64_t dot_calls(int64_t rows, int64_t terms) {
+    const int64_t vectors = terms / (kLanes * kTermsPerStep);
+    return Dots<W>::m_tiles_of(rows) * (kBlockN / kTileVecs) * calls_for(vectors * kTileVecs / 2);
+  }
+
+  // Names the block of `terms` terms of w from `first` on, to be fetched in `calls` calls.
+  static void fetch_block(
+      const Columns* w, int64_t n_blocks, int64_t first, int64_t terms, int64_t calls,
+      Prefetcher& prefetcher) {
+    constexpr int64_t kElement = sizeof(typename W::Element);
+    constexpr int64_t kBytes = 64 * Prefetcher::kLinesPerCall;
+    const auto lines = [](int64_t columns) { return (columns * kElement + 63) / 64; };
+    Prefetcher::LineGrid grids[2];
+    for (int split = 0; split < 2; ++split) {
+      const auto at = reinterpret_cast<const char*>(w->data[split] + first * w->k_stride);
+      if (w->k_stride == 1 && w->n_stride == terms) {  // all in one
+        const int64_t calls_for_all = (w->count[split] * terms * kElement + kBytes - 1) / kBytes;
+        grids[split] = {at, calls_for_all, kBytes, 1, 0, 64};
+      } else if (w->k_stride == 1) {
+        const int64_t calls_per_row = (terms * kElement + kBytes - 1) / kBytes;
+        grids[split] = {at, w->count[split], w->n_stride * kElement, calls_per_row, kBytes, 64};
+      } else {
+        // Neighbouring lines together; with several blocks one line of a row serves them all.
+        const int64_t step = w->k_stride * kElement;
+        const int64_t width =
+            n_blocks > 1 ? split == 0 ? lines(n_blocks * kBlockN) : 0 : lines(w->count[split]);
+        grids[split] = {at, width, 64, calls_for(terms), Prefetcher::kLinesPerCall * step, step};
+      }
+    }
+    prefetcher.set_block(grids, calls);
+  }
+};
+
+}  // namespace
+}  // namespace moe_ext::cpu::kernels

@@ -1,0 +1,36 @@
+// Operands and results of the operators, on every device.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <optional>
+
+namespace moe_ext {
+
+// The values as a contiguous tensor of dtype; an absent tensor stays undefined.
+inline at::Tensor contiguous_in(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.to(dtype).contiguous();
+}
+inline at::Tensor contiguous_in(const std::optional<at::Tensor>& tensor, at::ScalarType dtype) {
+  return tensor ? contiguous_in(*tensor, dtype) : at::Tensor();
+}
+
+template <class T>
+const T* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+}
+
+inline const void* any_data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
+
+inline void* mutable_data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+}
+
+inline at::Tensor empty_like_contiguous(const at::Tensor& tensor) {
+  return at::empty_symint(tensor.sym_sizes(), tensor.options());
+}
+
+}  // namespace moe_ext
