@@ -7,6 +7,7 @@
 #   make test-emulated   run the tests with the CUDA operators, by the host
 #   make fuzz    fuzz every operator for a while    make test-sanitized   under sanitizers, too
 #   make gpu-check   all that needs a GPU, with GPU_PYTHON; make bench-cuda   its benchmarks alone
+#   make docs    build the pages of docs/ into build/docs
 #
 # PYTHON=python3.12   the interpreter of .venv (3.10 or newer)
 # TORCH=torch==2.12   another torch than constraints.txt pins (needs a fresh .venv: make clean)
@@ -26,10 +27,10 @@ CUDA_KERNELS := $(wildcard csrc/cuda/kernels/*.cu)
 GPU_PYTHON ?= python3
 
 .PHONY: help demo test test-kernels test-emulated test-sanitized fuzz cuda-check gpu-check bench \
-  bench-cpu bench-cuda lint format clean setup
+  bench-cpu bench-cuda docs lint format clean setup
 
 help:
-	@sed -n '2,14s/^# \{0,1\}//p' Makefile
+	@sed -n '2,15s/^# \{0,1\}//p' Makefile
 
 setup: $(VENV)/.built
 
@@ -174,6 +175,11 @@ bench-cpu: setup
 
 bench-cuda: setup
 	$(BIN)/python benchmarks/bench_moe_cuda.py $(ARGS)
+
+# A warning or a broken link is an error (but not with --quiet, which drops warnings before they
+# count). The variable silences an announcement of the theme's.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .
