@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv and redoes nothing that is done.
 #
 #   make demo    train the small language model     make test          run the tests
-#   make bench   run the benchmarks                 make test-kernels  CPU kernels under sanitizers
+#   make bench   run the benchmarks                 make test-kernels  kernels under sanitizers
 #   make bench-cpu   experts against their peers    make lint          check style; make format mends
 #   make cuda-check  compile the CUDA kernels (needs nvcc, neither torch nor a GPU)
 #   make test-emulated   run the tests with the CUDA operators, by the host
@@ -19,10 +19,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-FORMATTED := $(SOURCES) $(shell find tests benchmarks -name "*.cpp" -o -name "*.h")
-KERNELS := $(wildcard csrc/cpu/kernels/*.cpp) tests/test_kernels.cpp
-
-CUDA_KERNELS := $(wildcard csrc/cuda/kernels/*.cu)
+FORMATTED := $(SOURCES) $(shell find tests benchmarks -name "*.cpp" -o -name "*.h" -o -name "*.cuh")
+CPU_KERNELS := $(filter csrc/cpu/kernels/%.cpp,$(SOURCES))
+CUDA_KERNELS := $(filter %.cu,$(SOURCES))
 
 GPU_PYTHON ?= python3
 
@@ -63,29 +62,34 @@ test-kernels: build/kernels-address,undefined build/kernels-thread build/cuda-ke
 	build/kernels-thread 3
 	build/cuda-kernels
 
-build/kernels-%: $(KERNELS) $(wildcard csrc/cpu/kernels/*.h csrc/common/*.h) csrc/cpu/select.h
-	@mkdir -p $@-objects
+build/kernels-%: $(CPU_KERNELS) $(filter csrc/cpu/%.h csrc/common/%,$(SOURCES)) \
+    $(wildcard tests/kernels/*)
+	@rm -rf $@-objects && mkdir -p $@-objects
 	@echo "== building the kernels' test with -fsanitize=$* (about 2 minutes on 2 cores)"
-	@printf '%s\n' $(KERNELS) | xargs -P "$$(nproc)" -I{} sh -c 'c++ -std=c++17 -O1 -g -Wall -Icsrc \
-	  -fsanitize=$* -fno-sanitize-recover=all -c {} -o $@-objects/$$(basename {}).o'
+	@printf '%s\n' $(CPU_KERNELS) tests/kernels/cpu_test.cpp | xargs -P "$$(nproc)" -I{} sh -c \
+	  'c++ -std=c++17 -O1 -g -Wall -Icsrc -fsanitize=$* -fno-sanitize-recover=all -c {} \
+	  -o $@-objects/$$(basename {}).o'
 	@! nm -C $@-objects/avx*.o | grep -E ' [TWu] (moe_ext|std)' || \
 	  { echo "the linker may run these on machines without AVX: they must have internal linkage"; exit 1; }
 	@c++ -fsanitize=$* -pthread $@-objects/*.o -o $@
 
-# The CUDA kernels run by the host, beside the CPU's, whose objects are those of the program above.
-build/cuda-kernels: build/kernels-address,undefined tests/test_cuda_kernels.cpp \
-    tests/cuda_emulation.h $(wildcard csrc/cuda/kernels/*)
+# The CUDA kernels run by the host.
+build/cuda-kernels: $(filter csrc/cuda/kernels/% csrc/common/%,$(SOURCES)) \
+    $(wildcard tests/kernels/*) $(shell find tests/emulation -type f)
+	@rm -rf $@-objects && mkdir -p $@-objects
 	@echo "== building the CUDA kernels for the host"
-	@c++ -std=c++17 -O1 -g -Wall -Wno-unknown-pragmas -Icsrc -include tests/cuda_emulation.h \
-	  -fsanitize=address,undefined -fno-sanitize-recover=all tests/test_cuda_kernels.cpp \
-	  $(patsubst csrc/cpu/kernels/%,$<-objects/%.o,$(wildcard csrc/cpu/kernels/*.cpp)) -o $@
+	@printf '%s\n' tests/emulation/kernels.cpp tests/kernels/cuda_test.cpp | \
+	  xargs -P "$$(nproc)" -I{} sh -c \
+	  'c++ -std=c++17 -O1 -g -Wall -Wno-unknown-pragmas -Itests/emulation/include -Icsrc \
+	  -fsanitize=address,undefined -fno-sanitize-recover=all -c {} -o $@-objects/$$(basename {}).o'
+	@c++ -fsanitize=address,undefined $@-objects/*.o -o $@
 
-# The tests of operators and layers, with the CUDA operators in place of the CPU's (tests/emulate_cuda.py).
+# The tests of operators and layers, with the CUDA operators in place of the CPU's.
 EMULATED := permute unpermute topk_router aux_loss router_logits grouped_linear expert_ffn moe_ffn \
   capacity pairs properties uninitialised cuda bad_inputs layers
 test-emulated: setup
-	$(BIN)/python tests/emulate_cuda.py $(EMULATED:%=tests/test_%.py) -q $(ARGS)
-	MOE_EXT_EMULATED_MAJOR=9 $(BIN)/python tests/emulate_cuda.py \
+	$(BIN)/python tests/emulation/emulate.py $(EMULATED:%=tests/test_%.py) -q $(ARGS)
+	MOE_EXT_EMULATED_MAJOR=9 $(BIN)/python tests/emulation/emulate.py \
 	  $(patsubst %,tests/test_%.py,grouped_linear expert_ffn moe_ffn cuda) -q $(ARGS)
 
 # Hostile calls of every operator, then calls compared with loops in fp64: so many seconds each.

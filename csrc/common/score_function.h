@@ -64,6 +64,19 @@ MOE_HOST_DEVICE T log_sum_exp(ExpSum<T> row) {
   return row.top + static_cast<T>(::log(static_cast<double>(row.sum)));
 }
 
+// A group's score is the sum of its best kTop keys; a NaN key counts as -inf.
+template <int kTop, class T>
+static MOE_HOST_DEVICE T group_score(const T* keys, int64_t size) {
+  T first = T(-INFINITY), second = T(-INFINITY);
+  for (int64_t e = 0; e < size; ++e) {
+    const T key = keys[e] == keys[e] ? keys[e] : T(-INFINITY);
+    const T lower = key < first ? key : first;
+    first = key < first ? first : key;
+    second = second < lower ? lower : second;
+  }
+  return kTop > 1 && size > 1 ? first + second : first;
+}
+
 // The logits of the choices; -inf, whose score is 0, for those that are not valid.
 template <class Row, class T = typename Row::Scalar>
 MOE_HOST_DEVICE void gather_choices(const T* z, int64_t E, const int64_t* ids, int64_t K, T* y) {

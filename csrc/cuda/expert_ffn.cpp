@@ -2,7 +2,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -12,17 +11,17 @@
 namespace moe_ext::cuda {
 namespace {
 
-// The rows of matrix [T, H] that the source names, [N, H]; zeros at or past offsets[E].
-at::Tensor gather(const at::Tensor& matrix_, const RowSource& source) {
+// The rows of matrix [T, H] of the routed rows, [N, H]; zeros at or past offsets[E].
+at::Tensor gather(const at::Tensor& matrix_, const RoutedRows& routed) {
   const at::Tensor matrix = matrix_.contiguous();
-  if (!source.slot_of_row.defined()) return matrix;
-  const at::Tensor rows = at::empty({source.num_rows, matrix.size(1)}, matrix.options());
-  const bool pairs = source.token_of_row.defined();
-  gather_rows(
+  if (!routed.slot_of_row.defined()) return matrix;
+  const at::Tensor rows = at::empty({routed.num_rows, matrix.size(1)}, matrix.options());
+  const bool pairs = routed.token_of_row.defined();
+  kernels::gather_rows(
       type_of(matrix), matrix.const_data_ptr(),
-      (pairs ? source.token_of_row : source.slot_of_row).const_data_ptr<int32_t>(),
-      source.expert_offsets.const_data_ptr<int32_t>() + source.expert_offsets.size(0) - 1,
-      source.num_rows, pairs ? 1 : source.K, matrix.size(1), rows.mutable_data_ptr(),
+      (pairs ? routed.token_of_row : routed.slot_of_row).const_data_ptr<int32_t>(),
+      routed.expert_offsets.const_data_ptr<int32_t>() + routed.expert_offsets.size(0) - 1,
+      routed.num_rows, pairs ? 1 : routed.K, matrix.size(1), rows.mutable_data_ptr(),
       c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return rows;
@@ -30,32 +29,39 @@ at::Tensor gather(const at::Tensor& matrix_, const RowSource& source) {
 
 // Of tokens [T, H], [N, W].
 at::Tensor hidden_of(
-    const at::Tensor& tokens, const RowSource& source, const ExpertWeights& experts) {
-  return grouped_product(gather(tokens, source), source.expert_offsets, experts.gate_up_proj);
+    const at::Tensor& tokens, const RoutedRows& routed, const ExpertWeights& experts) {
+  return grouped_product(gather(tokens, routed), routed.expert_offsets, experts.gate_up_proj);
 }
 
 }  // namespace
 
+RoutedRows routed_rows(const Plan& plan, const std::optional<at::Tensor>& pair_tokens) {
+  return {
+      plan.expert_offsets, plan.row_map.numel(), plan.slot_of_row,
+      pair_tokens ? 1 : plan.row_map.size(1),
+      pair_tokens ? token_of_row(*pair_tokens, plan.slot_of_row) : at::Tensor()};
+}
+
 std::tuple<at::Tensor, at::Tensor> expert_rows_forward(
-    const at::Tensor& tokens, const RowSource& source, const ExpertWeights& experts,
+    const at::Tensor& tokens, const RoutedRows& routed, const ExpertWeights& experts,
     Activation activation, bool gated, bool save_hidden) {
-  at::Tensor hidden = hidden_of(tokens, source, experts);
+  at::Tensor hidden = hidden_of(tokens, routed, experts);
   const int64_t I = experts.down_proj.size(2);
-  const at::Tensor activated = at::empty({source.num_rows, I}, tokens.options());
+  const at::Tensor activated = at::empty({routed.num_rows, I}, tokens.options());
   const at::Tensor bias = contiguous_in(experts.gate_up_bias, tokens.scalar_type());
-  activate(
-      expert_rows(hidden, source.expert_offsets), activation, gated, hidden.const_data_ptr(),
+  kernels::activate(
+      row_groups(hidden, routed.expert_offsets), activation, gated, hidden.const_data_ptr(),
       any_data_or_null(bias), I, activated.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   if (!save_hidden) hidden = empty_hidden(tokens, 0, experts.gate_up_proj, false);
-  return {grouped_product(activated, source.expert_offsets, experts.down_proj), hidden};
+  return {grouped_product(activated, routed.expert_offsets, experts.down_proj), hidden};
 }
 
 namespace {
 
 // operators
 
-std::tuple<at::Tensor, at::Tensor> expert_ffn_forward_op(
+std::tuple<at::Tensor, at::Tensor> expert_ffn_forward(
     const at::Tensor& rows, const at::Tensor& expert_offsets, const at::Tensor& gate_up_proj,
     const at::Tensor& down_proj, const std::optional<at::Tensor>& gate_up_bias,
     const std::optional<at::Tensor>& down_bias, const std::optional<at::Tensor>& row_weights,
@@ -65,10 +71,10 @@ std::tuple<at::Tensor, at::Tensor> expert_ffn_forward_op(
       check_expert_ffn(rows, expert_offsets, experts, row_weights, activation, gated);
   const c10::cuda::CUDAGuard device_guard(rows.device());
   const at::Tensor weights = contiguous_in(row_weights, compute_dtype(rows.scalar_type()));
-  const RowSource source{expert_offsets.contiguous(), rows.size(0), {}, 1, {}};
-  const auto outputs = expert_rows_forward(rows, source, experts, parsed, gated, save_hidden);
+  const RoutedRows routed{expert_offsets.contiguous(), rows.size(0), {}, 1, {}};
+  const auto outputs = expert_rows_forward(rows, routed, experts, parsed, gated, save_hidden);
   finish_rows(
-      std::get<0>(outputs), source.expert_offsets, contiguous_in(down_bias, rows.scalar_type()),
+      std::get<0>(outputs), routed.expert_offsets, contiguous_in(down_bias, rows.scalar_type()),
       weights);
   return outputs;
 }
@@ -79,25 +85,9 @@ at::Tensor expert_ffn(
     const std::optional<at::Tensor>& down_bias, const std::optional<at::Tensor>& row_weights,
     c10::string_view activation, bool gated, c10::string_view recompute) {
   parse_recompute("expert_ffn", recompute);
-  return std::get<0>(expert_ffn_forward_op(
+  return std::get<0>(expert_ffn_forward(
       rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias, down_bias, row_weights,
       activation, gated, false));
-}
-
-// The source that row_map [T, K], or [P] with pair_tokens [P], describes.
-RowSource source_of(
-    const at::Tensor& row_map_, const std::optional<at::Tensor>& pair_tokens,
-    const at::Tensor& expert_offsets) {
-  const at::Tensor row_map = row_map_.contiguous();
-  const int64_t N = row_map.numel();
-  const at::Tensor slot_of_row = at::full({N}, -1, row_map.options());
-  invert_row_map(
-      row_map.const_data_ptr<int32_t>(), N, slot_of_row.mutable_data_ptr<int32_t>(),
-      c10::cuda::getCurrentCUDAStream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {
-      expert_offsets, N, slot_of_row, pair_tokens ? 1 : row_map.size(1),
-      pair_tokens ? token_of_row(*pair_tokens, slot_of_row) : at::Tensor()};
 }
 
 ExpertFfnGrads expert_ffn_backward(
@@ -119,23 +109,23 @@ ExpertFfnGrads expert_ffn_backward(
   const at::ScalarType compute = compute_dtype(tokens.scalar_type());
   const at::Tensor slot_weights = contiguous_in(weights, compute);
   const at::Tensor offsets = expert_offsets.contiguous();
-  const RowSource source = row_map ? source_of(*row_map, pair_tokens, offsets)
-                                   : RowSource{offsets, tokens.size(0), {}, 1, {}};
+  const RoutedRows routed = row_map ? routed_rows(plan_of(*row_map, offsets), pair_tokens)
+                                    : RoutedRows{offsets, tokens.size(0), {}, 1, {}};
 
   ExpertFfnGrads outputs;
   auto& [grad_tokens, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias] =
       outputs;
   // What is [N, .] is let go as soon as it can be.
-  at::Tensor grad_rows = gather(grad_out, source);
+  at::Tensor grad_rows = gather(grad_out, routed);
   if (wants_down_bias && down_bias) {
-    grad_down_bias = grouped_sum(grad_rows, offsets, slot_weights, source.slot_of_row);
+    grad_down_bias = grouped_sum(grad_rows, offsets, slot_weights, routed.slot_of_row);
   }
   at::Tensor grad_hidden_rows;
   const bool wants_slot_weights = wants_weights && weights;
   const bool wants_hidden = wants_tokens || wants_gate_up || (wants_gate_up_bias && gate_up_bias);
   if (wants_hidden || wants_down || wants_slot_weights) {
     at::Tensor hidden =
-        saved_hidden ? saved_hidden->contiguous() : hidden_of(tokens, source, experts);
+        saved_hidden ? saved_hidden->contiguous() : hidden_of(tokens, routed, experts);
     // <dO, columns of down_proj>, which the weighted activations then overwrite.
     const at::Tensor grad = grouped_product(grad_rows, offsets, down_proj.transpose(1, 2));
     if (wants_hidden) grad_hidden_rows = saved_hidden ? at::empty_like(hidden) : hidden;
@@ -144,10 +134,10 @@ ExpertFfnGrads expert_ffn_backward(
     }
     const at::Tensor hidden_bias = contiguous_in(gate_up_bias, tokens.scalar_type());
     const at::Tensor bias = contiguous_in(down_bias, tokens.scalar_type());
-    grad_hidden(
-        {expert_rows(hidden, offsets), parsed, gated, down_proj.size(2), tokens.size(1),
+    kernels::grad_hidden(
+        {row_groups(hidden, offsets), parsed, gated, down_proj.size(2), tokens.size(1),
          hidden.const_data_ptr(), any_data_or_null(hidden_bias), grad.const_data_ptr(),
-         any_data_or_null(slot_weights), data_or_null<int32_t>(source.slot_of_row),
+         any_data_or_null(slot_weights), data_or_null<int32_t>(routed.slot_of_row),
          grad_rows.const_data_ptr(), any_data_or_null(bias), mutable_data_or_null(grad_hidden_rows),
          wants_down ? grad.mutable_data_ptr() : nullptr, mutable_data_or_null(grad_weights)},
         c10::cuda::getCurrentCUDAStream());
@@ -157,7 +147,7 @@ ExpertFfnGrads expert_ffn_backward(
   grad_rows.reset();
   if (grad_weights.defined()) grad_weights = grad_weights.to(weights->scalar_type());
   if (wants_gate_up) {
-    grad_gate_up = grouped_grad_weights(grad_hidden_rows, gather(tokens, source), offsets);
+    grad_gate_up = grouped_grad_weights(grad_hidden_rows, gather(tokens, routed), offsets);
   }
   if (wants_gate_up_bias && gate_up_bias) {
     grad_gate_up_bias = grouped_sum(grad_hidden_rows, offsets, {}, {});
@@ -168,7 +158,7 @@ ExpertFfnGrads expert_ffn_backward(
       const int64_t T = tokens.size(0);
       grad_tokens = unpermute_rows(
           grad_tokens, *row_map, {}, T,
-          pair_tokens ? order_by_token(op, *pair_tokens, T, source.slot_of_row) : TokenOrder{});
+          pair_tokens ? order_by_token(op, *pair_tokens, T, routed.slot_of_row) : TokenOrder{});
     } else {
       finish_rows(grad_tokens, offsets, {}, {});
     }
@@ -180,7 +170,7 @@ ExpertFfnGrads expert_ffn_backward(
 
 TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
   m.impl("expert_ffn", expert_ffn);
-  m.impl("_expert_ffn_forward", expert_ffn_forward_op);
+  m.impl("_expert_ffn_forward", expert_ffn_forward);
   m.impl("_expert_ffn_backward", expert_ffn_backward);
 }
 

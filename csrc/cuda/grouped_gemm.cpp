@@ -54,7 +54,7 @@ bool are_few(int64_t rows, int64_t num_experts) {
 
 }  // namespace
 
-ExpertRows expert_rows(const at::Tensor& rows, const at::Tensor& offsets) {
+kernels::RowGroups row_groups(const at::Tensor& rows, const at::Tensor& offsets) {
   return {type_of(rows), rows.size(0), offsets.size(0) - 1, offsets.const_data_ptr<int32_t>()};
 }
 
@@ -71,8 +71,8 @@ at::Tensor grouped_product(
     return at::_grouped_mm(rows, weights.transpose(1, 2), offsets.slice(0, 1), {}, {});
   }
   const at::Tensor out = at::empty({rows.size(0), N}, rows.options());
-  const ProductArgs args{
-      expert_rows(rows, offsets),
+  const kernels::ProductArgs args{
+      row_groups(rows, offsets),
       N,
       K,
       rows.const_data_ptr(),
@@ -84,9 +84,9 @@ at::Tensor grouped_product(
       out.mutable_data_ptr(),
       allows_tf32(rows)};
   if (few) {
-    grouped_product_of_few_rows(args, stream);
+    kernels::grouped_product_of_few_rows(args, stream);
   } else {
-    grouped_product(args, stream);
+    kernels::grouped_product(args, stream);
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
@@ -98,16 +98,16 @@ at::Tensor grouped_grad_weights(
   const at::Tensor left = left_.contiguous(), right = right_.contiguous();
   const int64_t E = offsets.size(0) - 1, M = left.size(1), N = right.size(1);
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const ExpertRows experts = expert_rows(left, offsets);
+  const kernels::RowGroups groups = row_groups(left, offsets);
   if (torch_serves(left, E) && torch_takes(left) && torch_takes(right)) {
     const at::Tensor grad = at::_grouped_mm(left.t(), right, offsets.slice(0, 1), {}, {});
-    zero_idle_experts(experts, M * N, grad.mutable_data_ptr(), stream);
+    kernels::zero_idle_experts(groups, M * N, grad.mutable_data_ptr(), stream);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return grad;
   }
   const at::Tensor grad = at::empty({E, M, N}, left.options());
-  grouped_grad_weights(
-      {experts, M, N, left.const_data_ptr(), right.const_data_ptr(), grad.mutable_data_ptr(),
+  kernels::grouped_grad_weights(
+      {groups, M, N, left.const_data_ptr(), right.const_data_ptr(), grad.mutable_data_ptr(),
        allows_tf32(left)},
       stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -119,8 +119,8 @@ at::Tensor grouped_sum(
     const at::Tensor& slot_of_row) {
   const at::Tensor rows = rows_.contiguous();
   const at::Tensor sum = at::empty({offsets.size(0) - 1, rows.size(1)}, rows.options());
-  sum_rows(
-      expert_rows(rows, offsets), rows.const_data_ptr(), any_data_or_null(weights),
+  kernels::sum_rows(
+      row_groups(rows, offsets), rows.const_data_ptr(), any_data_or_null(weights),
       data_or_null<int32_t>(slot_of_row), rows.size(1), sum.mutable_data_ptr(),
       c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -130,8 +130,8 @@ at::Tensor grouped_sum(
 void finish_rows(
     const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& bias,
     const at::Tensor& weights) {
-  finish_rows(
-      expert_rows(rows, offsets), any_data_or_null(bias), any_data_or_null(weights), rows.size(1),
+  kernels::finish_rows(
+      row_groups(rows, offsets), any_data_or_null(bias), any_data_or_null(weights), rows.size(1),
       rows.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

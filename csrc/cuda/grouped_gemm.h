@@ -9,7 +9,7 @@
 namespace moe_ext::cuda {
 
 // offsets: [E + 1] int32, contiguous.
-ExpertRows expert_rows(const at::Tensor& rows, const at::Tensor& offsets);
+kernels::RowGroups row_groups(const at::Tensor& rows, const at::Tensor& offsets);
 
 // [N, O]: rows [N, K] times weights[e]^T, weights [E, O, K] of any strides; rows at or past
 // offsets[E] are undefined.

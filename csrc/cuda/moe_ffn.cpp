@@ -25,11 +25,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
   const at::Tensor slot_weights = contiguous_in(weights, compute_dtype(tokens.scalar_type()));
   const Plan plan =
       pair_tokens ? make_pair_plan(op, ids, *pair_tokens, T, E) : make_plan(op, "topk_ids", ids, E);
-  const RowSource source{
-      plan.expert_offsets, plan.row_map.numel(), plan.slot_of_row, pair_tokens ? 1 : ids.size(1),
-      pair_tokens ? token_of_row(*pair_tokens, plan.slot_of_row) : at::Tensor()};
-  const auto [rows, hidden] =
-      expert_rows_forward(tokens, source, experts, parsed, gated, save_hidden);
+  const auto [rows, hidden] = expert_rows_forward(
+      tokens, routed_rows(plan, pair_tokens), experts, parsed, gated, save_hidden);
   const at::Tensor bias = contiguous_in(down_bias, tokens.scalar_type());
   const at::Tensor out = unpermute_rows(
       rows, plan.row_map, slot_weights, T,

@@ -27,8 +27,8 @@ inline Type type_of(const at::Tensor& tensor) {
   }
 }
 
-inline IdType id_type_of(const at::Tensor& ids) {
-  return ids.scalar_type() == at::kLong ? IdType::kI64 : IdType::kI32;
+inline kernels::IdType id_type_of(const at::Tensor& ids) {
+  return ids.scalar_type() == at::kLong ? kernels::IdType::kI64 : kernels::IdType::kI32;
 }
 
 // For calls of torch's own products: what is computed here has its dtypes and its gradient already.

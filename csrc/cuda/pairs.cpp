@@ -7,13 +7,14 @@
 namespace moe_ext::cuda {
 namespace {
 
-PairList pair_list(const at::Tensor& tokens, const at::Tensor& experts, const at::Tensor& slots) {
+kernels::PairList pair_list(
+    const at::Tensor& tokens, const at::Tensor& experts, const at::Tensor& slots) {
   return {
       tokens.numel(), tokens.const_data_ptr<int64_t>(), experts.const_data_ptr<int64_t>(),
       data_or_null<int64_t>(slots)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_tokens_op(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_tokens(
     const at::Tensor& router_probs, const at::Tensor& topk_weights, const at::Tensor& topk_ids,
     int64_t tile_size, c10::string_view rounding, const std::optional<at::Tensor>& capacity_factor,
     int64_t min_capacity, const std::optional<at::Tensor>& noise_) {
@@ -29,15 +30,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_tokens_op(
   const at::Tensor noise = contiguous_in(noise_, at::kDouble);
   const auto outputs = empty_round_tokens_outputs(router_probs, topk_ids, tile_size, parsed);
   const auto& [pair_tokens, pair_experts, pair_slots, kept_ids] = outputs;
-  const RoundArgs args{
+  const kernels::RoundArgs args{
       {ids.size(0), ids.size(1), probs.size(1), ids.const_data_ptr<int64_t>(),
        capacity_factor ? capacity_factor->const_data_ptr<double>() : nullptr, min_capacity},
       tile_size,
       parsed,
       data_or_null<double>(noise)};
   const at::Tensor workspace =
-      empty_workspace(capacity_workspace(type_of(probs), args.capacity), ids);
-  round_tokens(
+      empty_workspace(kernels::capacity_workspace(type_of(probs), args.capacity), ids);
+  kernels::round_tokens(
       type_of(probs), args, probs.const_data_ptr(), weights.const_data_ptr(),
       {pair_tokens.numel(), pair_tokens.mutable_data_ptr<int64_t>(),
        pair_experts.mutable_data_ptr<int64_t>(), pair_slots.mutable_data_ptr<int64_t>()},
@@ -47,7 +48,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_tokens_op(
   return outputs;
 }
 
-std::tuple<at::Tensor, at::Tensor> expert_choice_op(
+std::tuple<at::Tensor, at::Tensor> expert_choice(
     const at::Tensor& router_probs, const std::optional<at::Tensor>& token_mask, int64_t top_k) {
   check_expert_choice(router_probs, token_mask, top_k);
   const c10::cuda::CUDAGuard device_guard(router_probs.device());
@@ -55,8 +56,8 @@ std::tuple<at::Tensor, at::Tensor> expert_choice_op(
   const at::Tensor mask = contiguous_in(token_mask, at::kBool);
   const auto outputs = empty_expert_choice_outputs(router_probs, top_k);
   const auto& [pair_tokens, pair_experts] = outputs;
-  const at::Tensor workspace = empty_workspace(expert_choice_workspace(), probs);
-  expert_choice(
+  const at::Tensor workspace = empty_workspace(kernels::expert_choice_workspace(), probs);
+  kernels::expert_choice(
       type_of(probs), probs.const_data_ptr(), data_or_null<bool>(mask), probs.size(0),
       probs.size(1), top_k,
       {pair_tokens.numel(), pair_tokens.mutable_data_ptr<int64_t>(),
@@ -66,7 +67,7 @@ std::tuple<at::Tensor, at::Tensor> expert_choice_op(
   return outputs;
 }
 
-at::Tensor pair_weights_op(
+at::Tensor pair_weights(
     const at::Tensor& topk_weights_, const at::Tensor& router_probs, const at::Tensor& pair_tokens,
     const at::Tensor& pair_experts, const std::optional<at::Tensor>& pair_slots,
     int64_t num_experts, double scaling_factor) {
@@ -77,7 +78,7 @@ at::Tensor pair_weights_op(
   const at::Tensor tokens = pair_tokens.contiguous(), experts = pair_experts.contiguous();
   const at::Tensor slots = contiguous_in(pair_slots, at::kLong);
   const at::Tensor out = empty_pair_weights(router_probs, pair_tokens);
-  pair_weights(
+  kernels::pair_weights(
       type_of(probs), topk_weights.const_data_ptr(), probs.const_data_ptr(),
       pair_list(tokens, experts, slots), num_experts, scaling_factor, out.mutable_data_ptr(),
       c10::cuda::getCurrentCUDAStream());
@@ -85,7 +86,7 @@ at::Tensor pair_weights_op(
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> pair_weights_backward_op(
+std::tuple<at::Tensor, at::Tensor> pair_weights_backward(
     const at::Tensor& grad_, const at::Tensor& topk_weights, const at::Tensor& pair_tokens,
     const at::Tensor& pair_experts, const std::optional<at::Tensor>& pair_slots,
     int64_t num_experts, double scaling_factor, std::array<bool, 2> output_mask) {
@@ -99,7 +100,7 @@ std::tuple<at::Tensor, at::Tensor> pair_weights_backward_op(
   const auto& [grad_weights, grad_probs] = grads;
   if (grad_weights.defined()) grad_weights.zero_();
   if (grad_probs.defined()) grad_probs.zero_();
-  pair_weights_backward(
+  kernels::pair_weights_backward(
       type_of(grad), grad.const_data_ptr(), pair_list(tokens, experts, slots), num_experts,
       scaling_factor, mutable_data_or_null(grad_weights), mutable_data_or_null(grad_probs),
       c10::cuda::getCurrentCUDAStream());
@@ -110,10 +111,10 @@ std::tuple<at::Tensor, at::Tensor> pair_weights_backward_op(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
-  m.impl("_round_tokens", round_tokens_op);
-  m.impl("_expert_choice", expert_choice_op);
-  m.impl("_pair_weights", pair_weights_op);
-  m.impl("_pair_weights_backward", pair_weights_backward_op);
+  m.impl("_round_tokens", round_tokens);
+  m.impl("_expert_choice", expert_choice);
+  m.impl("_pair_weights", pair_weights);
+  m.impl("_pair_weights_backward", pair_weights_backward);
 }
 
 }  // namespace moe_ext::cuda

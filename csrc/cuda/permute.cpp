@@ -14,7 +14,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute(
   const at::Tensor tokens = tokens_.contiguous();
   const Plan plan = make_plan("permute", "topk_ids", topk_ids, num_experts);
   const at::Tensor permuted = empty_permuted_tokens(tokens, topk_ids);
-  gather_rows(
+  kernels::gather_rows(
       type_of(tokens), tokens.const_data_ptr(), plan.slot_of_row.const_data_ptr<int32_t>(),
       plan.expert_offsets.const_data_ptr<int32_t>() + num_experts, permuted.size(0),
       topk_ids.size(1), tokens.size(1), permuted.mutable_data_ptr(),

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/where.h>
 
@@ -11,10 +12,11 @@
 
 namespace moe_ext::cuda {
 
+// It carries its own inverse, for which nobody has to sort again.
 struct Plan {
   at::Tensor row_map;         // [T, K] or [P] int32, -1 for a skipped slot
   at::Tensor expert_offsets;  // [E + 1] int32
-  at::Tensor slot_of_row;     // [N] int32, the skipped slots at its end
+  at::Tensor slot_of_row;     // [N] int32: of rows before expert_offsets[E]; what follows is no row
 };
 
 // The slots in `order` (or, undefined, as they come), grouped by expert.
@@ -26,14 +28,26 @@ inline Plan make_plan(
   const int64_t N = ids.numel();
   const auto [row_map, expert_offsets] = empty_plan(ids, num_experts);
   const at::Tensor slot_of_row = at::empty({N}, row_map.options());
-  const at::Tensor workspace = empty_workspace(plan_workspace(N, num_experts), ids);
-  make_plan(
+  const at::Tensor workspace = empty_workspace(kernels::plan_workspace(N, num_experts), ids);
+  kernels::make_plan(
       id_type_of(ids), ids.const_data_ptr(), data_or_null<int32_t>(order), N, num_experts,
       row_map.mutable_data_ptr<int32_t>(), expert_offsets.mutable_data_ptr<int32_t>(),
       slot_of_row.mutable_data_ptr<int32_t>(), workspace.mutable_data_ptr(),
       c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {row_map, expert_offsets, slot_of_row};
+}
+
+// The plan whose row_map and expert_offsets a caller gives back.
+inline Plan plan_of(const at::Tensor& row_map_, const at::Tensor& expert_offsets) {
+  const at::Tensor row_map = row_map_.contiguous();
+  const int64_t N = row_map.numel();
+  const at::Tensor slot_of_row = at::full({N}, -1, row_map.options());
+  kernels::invert_row_map(
+      row_map.const_data_ptr<int32_t>(), N, slot_of_row.mutable_data_ptr<int32_t>(),
+      c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {row_map, expert_offsets.contiguous(), slot_of_row};
 }
 
 // The pairs in `order` (or, undefined, as they come) by token: those of token t are order[i] for

@@ -8,7 +8,7 @@
 namespace moe_ext::cuda {
 namespace {
 
-at::Tensor unpermute_op(
+at::Tensor unpermute(
     const at::Tensor& rows, const at::Tensor& row_map,
     const std::optional<at::Tensor>& topk_weights) {
   check_unpermute(rows, row_map, topk_weights);
@@ -18,7 +18,7 @@ at::Tensor unpermute_op(
       row_map.size(0));
 }
 
-std::tuple<at::Tensor, at::Tensor> unpermute_backward_op(
+std::tuple<at::Tensor, at::Tensor> unpermute_backward(
     const at::Tensor& grad_out_, const at::Tensor& rows_, const at::Tensor& row_map_,
     const std::optional<at::Tensor>& topk_weights, std::array<bool, 2> output_mask) {
   check_unpermute_backward(grad_out_, rows_, row_map_, topk_weights);
@@ -29,7 +29,7 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward_op(
   at::Tensor grad_rows, grad_weights;
   if (output_mask[0]) grad_rows = at::zeros_like(rows);  // rows that no slot has stay so
   if (output_mask[1] && weights.defined()) grad_weights = at::zeros_like(weights);
-  unpermute_backward(
+  kernels::unpermute_backward(
       type_of(rows), grad_out.const_data_ptr(), rows.const_data_ptr(),
       row_map.const_data_ptr<int32_t>(), any_data_or_null(weights), row_map.size(0),
       row_map.size(1), rows.size(1), mutable_data_or_null(grad_rows),
@@ -42,8 +42,8 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward_op(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
-  m.impl("unpermute", unpermute_op);
-  m.impl("_unpermute_backward", unpermute_backward_op);
+  m.impl("unpermute", unpermute);
+  m.impl("_unpermute_backward", unpermute_backward);
 }
 
 }  // namespace moe_ext::cuda

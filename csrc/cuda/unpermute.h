@@ -12,10 +12,10 @@ namespace moe_ext::cuda {
 //   row_map [T, K], or [P] of pairs, whose order by token is given
 inline at::Tensor unpermute_rows(
     const at::Tensor& rows_, const at::Tensor& row_map_, const at::Tensor& weights, int64_t T,
-    const TokenOrder& by_token = {}, const RowBias& bias = {}) {
+    const TokenOrder& by_token = {}, const kernels::RowBias& bias = {}) {
   const at::Tensor rows = rows_.contiguous(), row_map = row_map_.contiguous();
   const at::Tensor out = at::empty({T, rows.size(1)}, rows.options());
-  unpermute(
+  kernels::unpermute(
       type_of(rows), rows.const_data_ptr(), row_map.const_data_ptr<int32_t>(),
       any_data_or_null(weights), T,
       {row_map.size(-1), data_or_null<int32_t>(by_token.offsets),

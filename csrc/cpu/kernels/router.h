@@ -1,8 +1,6 @@
 // Choosing experts, their weights and the losses, of one instruction set.
 #pragma once
 
-#include <limits>
-
 #include "cpu/kernels/scratch.h"
 #include "cpu/kernels/simd/convert.h"
 #include "cpu/kernels/simd/math.h"
@@ -103,20 +101,6 @@ struct Router {
       for (; e < end; ++e) offer(offered[e], e);
     }
   };
-
-  // A group's score is the sum of its best `kTop` keys; a NaN key counts as -inf.
-  template <int kTop>
-  static MOE_INLINE T group_score(const T* keys, int64_t size) {
-    constexpr T kLowest = -std::numeric_limits<T>::infinity();
-    T first = kLowest, second = kLowest;
-    for (int64_t e = 0; e < size; ++e) {
-      const T key = keys[e] == keys[e] ? keys[e] : kLowest;
-      const T lower = key < first ? key : first;
-      first = key < first ? first : key;
-      second = second < lower ? lower : second;
-    }
-    return kTop > 1 && size > 1 ? first + second : first;
-  }
 
   static int64_t scratch_bytes(int64_t E, int64_t K) {
     return Scratch::bytes<T>(E + K) + 2 * Scratch::bytes<T>(E) + Scratch::bytes<int64_t>(E) +

@@ -1,13 +1,14 @@
 #include "cuda/kernels/warp_row.cuh"
 
-namespace moe_ext::cuda {
+namespace moe_ext::cuda::kernels {
 namespace {
 
-constexpr int kWarps = kThreads / kWarp;
+// Blocks that add up the tokens, at most: about 4 for each SM, which fill it, and so few that one
+// thread may add what they found. (No row; --profile has the losses.)
 constexpr int64_t kMostBlocks = 512;
 
-// Sums over tokens: a warp adds those of its tokens, a block its warps', the last kernel the
-// blocks', each in order. In double: that costs nothing beside the reads.
+// Sums over tokens: a warp adds those of its tokens, a block its warps', the last kernel
+// the blocks', each in order. In double: that costs nothing beside the reads.
 struct Partial {
   double sum;
   int64_t tokens;  // unmasked
@@ -34,11 +35,11 @@ struct LossWorkspace {
 template <class Fn>
 __device__ void sum_tokens(
     const bool* mask, int64_t num_tokens, Partial* partials, const Fn& of_token) {
-  __shared__ Partial own[kWarps];
+  __shared__ Partial own[kRowsPerBlock];
   const int warp = threadIdx.x / kWarp;
   Partial mine{0, 0};
-  for (int64_t t = int64_t(blockIdx.x) * kWarps + warp; t < num_tokens;
-       t += int64_t(gridDim.x) * kWarps) {
+  for (int64_t t = int64_t(blockIdx.x) * kRowsPerBlock + warp; t < num_tokens;
+       t += int64_t(gridDim.x) * kRowsPerBlock) {
     if (mask && !mask[t]) continue;
     mine.sum += of_token(t);
     ++mine.tokens;
@@ -47,7 +48,7 @@ __device__ void sum_tokens(
   __syncthreads();
   if (threadIdx.x != 0) return;
   Partial total{0, 0};
-  for (int w = 0; w < kWarps; ++w) {
+  for (int w = 0; w < kRowsPerBlock; ++w) {
     total.sum += own[w].sum;
     total.tokens += own[w].tokens;
   }
@@ -111,6 +112,15 @@ __global__ void count_tokens_kernel(
   if (t < num_tokens && (!mask || mask[t])) atomicAdd(&tokens[t / length], 1ull);
 }
 
+// Integers only, so that the order of the additions does not matter.
+template <class Id>
+__global__ void count_experts_kernel(
+    const Id* ids, int64_t N, int64_t E, unsigned long long* counts) {
+  const int64_t slot = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (slot < N && is_valid(ids[slot], E)) atomicAdd(&counts[ids[slot]], 1ull);
+}
+
+// The same by sequence, of unmasked tokens.
 template <class Id>
 __global__ void count_choices_kernel(
     const Id* ids, const bool* mask, int64_t num_tokens, int64_t length, int64_t K, int64_t E,
@@ -157,7 +167,7 @@ __global__ void z_loss_backward_kernel(
     const T* grad_loss, const T* logits, const bool* mask, const unsigned long long* tokens,
     int64_t num_tokens, int64_t E, T* grad_logits) {
   using R = WarpRow<T>;
-  const int64_t t = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  const int64_t t = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
   if (t >= num_tokens) return;
   const T* z = logits + t * E;
   T* dz = grad_logits + t * E;
@@ -170,7 +180,7 @@ __global__ void z_loss_backward_kernel(
 }
 
 int64_t sum_blocks(int64_t num_tokens) {
-  const int64_t blocks = ceil_div(num_tokens, kWarps);
+  const int64_t blocks = ceil_div(num_tokens, kRowsPerBlock);
   return blocks < kMostBlocks ? blocks : kMostBlocks;
 }
 
@@ -267,7 +277,7 @@ void router_z_loss_backward(
   dispatch_compute(args.type, [&](auto number) {
     using T = decltype(number);
     launch(
-        z_loss_backward_kernel<T>, ceil_div(args.T, kWarps), kThreads, 0, stream,
+        z_loss_backward_kernel<T>, ceil_div(args.T, kRowsPerBlock), kThreads, 0, stream,
         static_cast<const T*>(grad_loss), static_cast<const T*>(logits), args.token_mask,
         static_cast<const unsigned long long*>(workspace.tokens), args.T, args.E,
         static_cast<T*>(grad_logits));
@@ -286,4 +296,15 @@ void router_entropy(const LossArgs& args, const void* probs, void* entropy, cuda
   });
 }
 
-}  // namespace moe_ext::cuda
+void count_experts(
+    IdType type, const void* ids, int64_t N, int64_t E, int64_t* counts, cudaStream_t stream) {
+  cudaMemsetAsync(counts, 0, E * sizeof(int64_t), stream);
+  if (N == 0) return;
+  dispatch_ids(type, ids, [&](const auto* typed) {
+    launch(
+        count_experts_kernel<std::decay_t<decltype(*typed)>>, ceil_div(N, kThreads), kThreads, 0,
+        stream, typed, N, E, reinterpret_cast<unsigned long long*>(counts));
+  });
+}
+
+}  // namespace moe_ext::cuda::kernels

@@ -1,39 +1,24 @@
-// What the kernels share: storage types, sums over a warp, launching. Compiled by nvcc alone; the
-// host compiles it too, under tests/cuda_emulation.h.
+// What the kernels share: storage types, sums over a warp, packs, memory. Compiled by nvcc, and by
+// the host's compiler, to which tests/emulation gives the headers of CUDA.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
+#include <type_traits>
 
 #include "common/host_device.h"
 #include "cuda/kernels/kernels.h"
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
+#include "cuda/kernels/launch.cuh"
+#include "cuda/kernels/tuning.cuh"
 
-namespace moe_ext::cuda {
+namespace moe_ext::cuda::kernels {
 
-constexpr int kWarp = 32;
-constexpr int kThreads = 256;  // of a block, where nothing speaks for another number
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 using BFloat16 = __nv_bfloat16;
 using Half = __half;
-
-#ifdef __CUDACC__
-// `shared`: bytes of dynamic_shared().
-template <class... Params, class... Args>
-void launch(
-    void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
-    Args... args) {
-  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(args...);
-}
-
-__device__ inline char* dynamic_shared() {
-  extern __shared__ __align__(128) char memory[];
-  return memory;
-}
-#endif
 
 // Sums are kept, and mathematics is done, in fp32, or in fp64 for fp64.
 template <class T>
@@ -119,8 +104,8 @@ __device__ T warp_scan(T x) {
   return x;
 }
 
-// Among n things with count(i) parts each: whose part number `index` is, and the parts before his;
-// -1 past the last. A warp computes it together.
+// Of n owners with count(i) tiles (or rows, or tokens) each: whose number `index` of all is, and
+// how many come before his; -1 past the last. A warp computes it together.
 struct Owner {
   int64_t i, before;
 };
@@ -151,19 +136,23 @@ __device__ inline int64_t expert_of_row(const int32_t* offsets, int64_t E, int64
   return first;
 }
 
-// Several elements that are read or written at once: 16 bytes where they lie so, else one.
+// Several elements that are read or written at once: kPackBytes where they lie so, else one.
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount) Pack {
   T values[kCount];
 };
 template <class T>
-constexpr int kPackOf = 16 / sizeof(T);
+constexpr int kPackOf = kPackBytes / sizeof(T);
 
+// Whether all rows may be read by packs.
 inline bool is_aligned(const void* data, int64_t row_elements, int64_t element_bytes) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_elements * element_bytes % 16 == 0;
+  return reinterpret_cast<uintptr_t>(data) % kPackBytes == 0 &&
+         row_elements * element_bytes % kPackBytes == 0;
 }
 
-// Calls fn with the number of elements to go by: those of 16 bytes if all rows lie so, or 1.
+inline int64_t size_of(Type type) { return type == Type::kF64 ? 8 : type == Type::kF32 ? 4 : 2; }
+
+// Calls fn with the number of elements to go by: a whole pack if all rows lie so, or 1.
 template <class T, class Fn, class... Data>
 void dispatch_pack(int64_t row_elements, const Fn& fn, const Data*... data) {
   if ((is_aligned(data, row_elements, sizeof(T)) && ...)) {
@@ -190,8 +179,7 @@ class Arena {
   size_t bytes_ = 0;
 };
 
-// Kernels that go row by row: one warp for each.
-constexpr int kRowsPerBlock = kThreads / kWarp;
+// Blocks of a kernel that goes row by row, a warp for each.
 inline int64_t blocks_for(int64_t rows) { return ceil_div(rows, kRowsPerBlock); }
 
-}  // namespace moe_ext::cuda
+}  // namespace moe_ext::cuda::kernels

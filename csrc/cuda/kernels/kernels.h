@@ -3,6 +3,8 @@
 // floating-point numbers.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -10,11 +12,8 @@
 #include "common/score_function.h"
 #include "common/token_rounding.h"
 #include "common/types.h"
-#ifndef MOE_EXT_CUDA_EMULATION
-#include <cuda_runtime_api.h>
-#endif
 
-namespace moe_ext::cuda {
+namespace moe_ext::cuda::kernels {
 
 enum class IdType { kI32, kI64 };
 
@@ -79,8 +78,8 @@ struct RouterArgs {
 };
 bool router_fits(Type type, int64_t E, int64_t K);
 
-// ids [T, K], best first, by routing.md's order: larger keys, then lower ids; NaN last. bias [E] is
-// added to the keys, or null.
+// ids [T, K], best first: larger keys, then lower ids; NaN last. bias [E] is added to the keys, or
+// null.
 void choose_experts(
     const RouterArgs& args, const void* bias, int64_t num_groups, int64_t topk_groups, int64_t* ids,
     cudaStream_t stream);
@@ -128,7 +127,7 @@ void router_entropy(const LossArgs& args, const void* probs, void* entropy, cuda
 
 // Rows grouped by expert: those of expert e are [offsets[e], offsets[e + 1]), at most num_rows in
 // all; rows at or past offsets[E] are neither read nor written unless it is said.
-struct ExpertRows {
+struct RowGroups {
   Type type;
   int64_t num_rows, E;
   const int32_t* offsets;  // [E + 1]
@@ -136,7 +135,7 @@ struct ExpertRows {
 
 // out[r] = rows[r] weights[e]^T.
 struct ProductArgs {
-  ExpertRows experts;
+  RowGroups groups;
   int64_t N, K;
   const void* rows;  // [num_rows, K], columns dense
   int64_t row_stride;
@@ -151,7 +150,7 @@ void grouped_product_of_few_rows(const ProductArgs& args, cudaStream_t stream);
 
 // grad[e] = the sum over e's rows of left[r]^T right[r]; zeros if it has none.
 struct GradWeightsArgs {
-  ExpertRows experts;
+  RowGroups groups;
   int64_t M, N;
   const void* left;   // [num_rows, M]
   const void* right;  // [num_rows, N]
@@ -160,28 +159,28 @@ struct GradWeightsArgs {
 };
 void grouped_grad_weights(const GradWeightsArgs& args, cudaStream_t stream);
 // grad[e] [M, N] = zeros for the experts without rows; the others are not touched.
-void zero_idle_experts(const ExpertRows& experts, int64_t size, void* grad, cudaStream_t stream);
+void zero_idle_experts(const RowGroups& groups, int64_t size, void* grad, cudaStream_t stream);
 
 // rows[r] = weights[r] * (rows[r] + bias[e]), zeros at or past offsets[E]. weights [num_rows] in
 // the compute type and bias [E, N] may be null.
 void finish_rows(
-    const ExpertRows& experts, const void* bias, const void* weights, int64_t N, void* rows,
+    const RowGroups& groups, const void* bias, const void* weights, int64_t N, void* rows,
     cudaStream_t stream);
 // sum[e] = the sum over e's rows of weight(r) * rows[r], rows [num_rows, N]. weight(r) is
 // weights[slot_of_row[r]] in the compute type; slot_of_row may be null: r; weights too: 1.
 void sum_rows(
-    const ExpertRows& experts, const void* rows, const void* weights, const int32_t* slot_of_row,
+    const RowGroups& groups, const void* rows, const void* weights, const int32_t* slot_of_row,
     int64_t N, void* sum, cudaStream_t stream);
 
 // Pre-activations, hidden [num_rows, 2I] (gate, then up) or [num_rows, I] plus a bias [E, 2I] or
 // [E, I] (or null), to activations [num_rows, I].
 void activate(
-    const ExpertRows& experts, Activation activation, bool gated, const void* hidden,
+    const RowGroups& groups, Activation activation, bool gated, const void* hidden,
     const void* bias, int64_t I, void* activated, cudaStream_t stream);
 
 // From the gradient of the weighted activations back to the pre-activations.
 struct GradHiddenArgs {
-  ExpertRows experts;
+  RowGroups groups;
   Activation activation;
   bool gated;
   int64_t I, H;
@@ -248,4 +247,4 @@ void pair_weights_backward(
     Type type, const void* grad, const PairList& pairs, int64_t E, double scale, void* grad_weights,
     void* grad_probs, cudaStream_t stream);
 
-}  // namespace moe_ext::cuda
+}  // namespace moe_ext::cuda::kernels

@@ -1,135 +1,35 @@
-#ifndef MOE_EXT_CUDA_EMULATION
-#include <cub/device/device_radix_sort.cuh>
-#endif
+#include "cuda/kernels/ranked_slots.cuh"
 
-#include <cstring>
-
-#include "common/token_rounding.h"
-#include "cuda/kernels/device.cuh"
-
-namespace moe_ext::cuda {
+namespace moe_ext::cuda::kernels {
 namespace {
 
-// A number's bits, turned so that they ascend where the numbers descend; NaN is -infinity.
-template <class T>
-using Key = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
-template <class T>
-__device__ Key<T> descending_key(T x) {
-  if (x != x) x = T(-INFINITY);
-  if (x == T(0)) x = T(0);  // of both signs
-  Key<T> bits;
-  memcpy(&bits, &x, sizeof(T));
-  constexpr Key<T> kSign = Key<T>(1) << (8 * sizeof(T) - 1);
-  return bits & kSign ? bits : ~(bits | kSign);
-}
-
-struct PairWorkspace {
-  unsigned long long* routed;  // tokens with a choice
-  int64_t *limits, *starts;    // [E]: how many an expert takes, and where they lie
-  int32_t* offsets;            // [E + 1] into slots
-  int32_t *order, *ranked;     // [N] slots, best first; and by expert
-
-  PairWorkspace(Arena& arena, int64_t N, int64_t E)
-      : routed(arena.take<unsigned long long>(1)),
-        limits(arena.take<int64_t>(E)),
-        starts(arena.take<int64_t>(E)),
-        offsets(arena.take<int32_t>(E + 1)),
-        order(arena.take<int32_t>(N)),
-        ranked(arena.take<int32_t>(N)) {}
-};
-
-template <class T>
-struct SortWorkspace {
-  Key<T>*keys, *sorted_keys;
-  int32_t* slots;
-  char* memory;
-  size_t bytes = 0;
-
-  SortWorkspace(Arena& arena, int64_t N)
-      : keys(arena.take<Key<T>>(N)),
-        sorted_keys(arena.take<Key<T>>(N)),
-        slots(arena.take<int32_t>(N)) {
-    sort(nullptr, N, slots, nullptr);
-    memory = arena.take<char>(bytes);
-  }
-
-  void sort(void* workspace, int64_t N, int32_t* order, cudaStream_t stream) {
-    cub::DeviceRadixSort::SortPairs(
-        workspace, bytes, static_cast<const Key<T>*>(keys), sorted_keys,
-        static_cast<const int32_t*>(slots), order, static_cast<int>(N), 0, 8 * int(sizeof(T)),
-        stream);
-  }
-};
-
-template <class T>
-__global__ void weight_keys_kernel(const T* weights, int64_t N, Key<T>* keys, int32_t* slots) {
-  const int64_t slot = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (slot >= N) return;
-  keys[slot] = descending_key(weights[slot]);
-  slots[slot] = static_cast<int32_t>(slot);
-}
-
-// All first choices before all second ones.
-__global__ void choice_order_kernel(int64_t num_tokens, int64_t K, int32_t* order) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < num_tokens * K) order[i] = static_cast<int32_t>(i % num_tokens * K + i / num_tokens);
-}
-
-__device__ bool has_choice(const int64_t* ids, int64_t K, int64_t E) {
-  for (int64_t k = 0; k < K; ++k) {
-    if (is_valid(ids[k], E)) return true;
-  }
-  return false;
-}
-
-__global__ void count_routed_kernel(
-    const int64_t* ids, int64_t num_tokens, int64_t K, int64_t E, unsigned long long* routed) {
-  const int64_t t = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (t < num_tokens && has_choice(ids + t * K, K, E)) atomicAdd(routed, 1ull);
-}
-
-__device__ int64_t capacity_in(const CapacityArgs& args, const PairWorkspace& work) {
-  const auto routed = static_cast<int64_t>(*work.routed);
-  if (!args.factor) return routed;
-  return capacity_of(*args.factor, work.offsets[args.E], routed, args.E, args.least);
-}
-
-__global__ void capacity_limits_kernel(CapacityArgs args, PairWorkspace work) {
-  const int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (e < args.E) work.limits[e] = capacity_in(args, work);
-}
-
 // One block. starts holds the counts of choices until it gets its own.
-__global__ void round_limits_kernel(RoundArgs args, PairWorkspace work) {
+__global__ void round_limits_kernel(RoundArgs args, RankedSlots slots) {
   const int64_t E = args.capacity.E;
-  const int64_t most = capacity_in(args.capacity, work);
+  const int64_t most = capacity_in(args.capacity, slots);
   for (int64_t e = threadIdx.x; e < E; e += kThreads) {
-    work.starts[e] = work.offsets[e + 1] - work.offsets[e];
+    slots.starts[e] = slots.offsets[e + 1] - slots.offsets[e];
   }
   __syncthreads();
   for (int64_t e = threadIdx.x; e < E; e += kThreads) {
-    work.limits[e] =
-        round_count(work.starts, e, E, args.tile_size, most, args.rounding, args.noise);
+    slots.limits[e] =
+        round_count(slots.starts, e, E, args.tile_size, most, args.rounding, args.noise);
   }
   __syncthreads();
   if (threadIdx.x >= kWarp) return;
   int64_t before = 0;
   for (int64_t first = 0; first < E; first += kWarp) {
     const int64_t e = first + lane();
-    const int64_t own = e < E ? work.limits[e] : 0;
+    const int64_t own = e < E ? slots.limits[e] : 0;
     const int64_t up_to = before + warp_scan(own);
-    if (e < E) work.starts[e] = up_to - own;
+    if (e < E) slots.starts[e] = up_to - own;
     before = __shfl_sync(kAllLanes, up_to, kWarp - 1);
   }
 }
 
-__global__ void keep_kernel(PairWorkspace work, int64_t N, int64_t E, int64_t* kept_ids) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= N) return;
-  const int64_t e = expert_of_row(work.offsets, E, i);
-  const bool is_kept = e >= 0 && i - work.offsets[e] < work.limits[e];
-  kept_ids[work.ranked[i]] = is_kept ? e : -1;
-}
+// Bits of a key that find_cut looks at in one pass over the tokens: as many digits as a block has
+// threads to clear and to add them up, and 4 passes of fp32 keys. [rounding, Qwen3-30B-A3B]
+constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
 
 // Among the candidates: those with a key below `key`, and the `ties` earliest with that key.
 template <class T>
@@ -142,28 +42,30 @@ struct Cut {
 // one. A block computes it together: digit by digit, from how many candidates have each.
 template <class T, class Fn>
 __device__ Cut<T> find_cut(int64_t num_tokens, int64_t count, const Fn& key_of) {
-  __shared__ unsigned counts[256];
+  __shared__ unsigned counts[kDigits];
   __shared__ Owner digit;
   Cut<T> cut{0, count};
   if (count == 0) return cut;
   Key<T> known = 0;  // the bits of the key that are known
-  for (int shift = 8 * sizeof(T) - 8; shift >= 0; shift -= 8) {
-    for (int i = threadIdx.x; i < 256; i += kThreads) counts[i] = 0;
+  for (int shift = 8 * sizeof(T) - kDigitBits; shift >= 0; shift -= kDigitBits) {
+    for (int i = threadIdx.x; i < kDigits; i += kThreads) counts[i] = 0;
     __syncthreads();
     for (int64_t t = threadIdx.x; t < num_tokens; t += kThreads) {
       Key<T> key;
-      if (key_of(t, &key) && (key & known) == cut.key) atomicAdd(&counts[key >> shift & 255], 1u);
+      if (key_of(t, &key) && (key & known) == cut.key) {
+        atomicAdd(&counts[key >> shift & (kDigits - 1)], 1u);
+      }
     }
     __syncthreads();
     if (threadIdx.x < kWarp) {
       const Owner found =
-          find_owner(256, cut.ties - 1, [&](int64_t i) { return int64_t(counts[i]); });
+          find_owner(kDigits, cut.ties - 1, [&](int64_t i) { return int64_t(counts[i]); });
       if (lane() == 0) digit = found;
     }
     __syncthreads();
     cut.key |= static_cast<Key<T>>(digit.i) << shift;
     cut.ties -= digit.before;
-    known |= Key<T>(255) << shift;
+    known |= Key<T>(kDigits - 1) << shift;
   }
   return cut;
 }
@@ -214,11 +116,11 @@ __device__ void write_pairs(
 template <class T>
 __global__ void round_tokens_kernel(
     const T* probs, const int64_t* ids, const int64_t* kept_ids, int64_t num_tokens, int64_t K,
-    int64_t E, PairWorkspace work, MutablePairList pairs) {
+    int64_t E, RankedSlots slots, MutablePairList pairs) {
   const int64_t e = blockIdx.x;
-  const int64_t missing = work.limits[e] - (work.offsets[e + 1] - work.offsets[e]);
+  const int64_t missing = slots.limits[e] - (slots.offsets[e + 1] - slots.offsets[e]);
   write_pairs<T>(
-      num_tokens, e, work.starts[e], missing > 0 ? missing : 0, pairs,
+      num_tokens, e, slots.starts[e], missing > 0 ? missing : 0, pairs,
       [&](int64_t t, Key<T>* key) {
         *key = descending_key(probs[t * E + e]);
         for (int64_t k = 0; k < K; ++k) {
@@ -276,35 +178,6 @@ __global__ void pair_weights_backward_kernel(
   }
 }
 
-// Fills offsets, ranked and routed. Without weights: the earlier choices first.
-template <class T>
-void rank_slots(
-    const CapacityArgs& args, const T* weights, const PairWorkspace& work, SortWorkspace<T>& sort,
-    void* plan, cudaStream_t stream) {
-  const int64_t N = args.T * args.K, blocks = ceil_div(N, kThreads);
-  if (N > 0 && weights) {
-    launch(weight_keys_kernel<T>, blocks, kThreads, 0, stream, weights, N, sort.keys, sort.slots);
-    sort.sort(sort.memory, N, work.order, stream);
-  } else if (N > 0) {
-    launch(choice_order_kernel, blocks, kThreads, 0, stream, args.T, args.K, work.order);
-  }
-  make_plan(
-      IdType::kI64, args.ids, work.order, N, args.E, nullptr, work.offsets, work.ranked, plan,
-      stream);
-  cudaMemsetAsync(work.routed, 0, sizeof(*work.routed), stream);
-  if (args.T == 0) return;
-  launch(
-      count_routed_kernel, ceil_div(args.T, kThreads), kThreads, 0, stream, args.ids, args.T,
-      args.K, args.E, work.routed);
-}
-
-void keep_slots(
-    const CapacityArgs& args, const PairWorkspace& work, int64_t* kept_ids, cudaStream_t stream) {
-  const int64_t N = args.T * args.K;
-  if (N == 0) return;
-  launch(keep_kernel, ceil_div(N, kThreads), kThreads, 0, stream, work, N, args.E, kept_ids);
-}
-
 void clear_pairs(const MutablePairList& pairs, cudaStream_t stream) {
   for (int64_t* list : {pairs.tokens, pairs.experts, pairs.slots}) {
     if (list) cudaMemsetAsync(list, 0xff, pairs.size * sizeof(int64_t), stream);
@@ -313,46 +186,23 @@ void clear_pairs(const MutablePairList& pairs, cudaStream_t stream) {
 
 }  // namespace
 
-size_t capacity_workspace(Type type, const CapacityArgs& args) {
-  Arena arena(nullptr);
-  const int64_t N = args.T * args.K;
-  PairWorkspace(arena, N, args.E);
-  dispatch_compute(type, [&](auto number) { SortWorkspace<decltype(number)>(arena, N); });
-  return arena.bytes() + plan_workspace(N, args.E);
-}
-
-void apply_capacity(
-    Type type, const CapacityArgs& args, const void* weights, int64_t* kept_ids, void* workspace,
-    cudaStream_t stream) {
-  Arena arena(workspace);
-  const PairWorkspace work(arena, args.T * args.K, args.E);
-  dispatch_compute(type, [&](auto number) {
-    using T = decltype(number);
-    SortWorkspace<T> sort(arena, args.T * args.K);
-    rank_slots(args, static_cast<const T*>(weights), work, sort, arena.take<char>(0), stream);
-  });
-  launch(capacity_limits_kernel, ceil_div(args.E, kThreads), kThreads, 0, stream, args, work);
-  keep_slots(args, work, kept_ids, stream);
-}
-
 void round_tokens(
     Type type, const RoundArgs& args, const void* probs, const void* weights,
     const MutablePairList& pairs, int64_t* kept_ids, void* workspace, cudaStream_t stream) {
   const CapacityArgs& capacity = args.capacity;
   const int64_t N = capacity.T * capacity.K;
   Arena arena(workspace);
-  const PairWorkspace work(arena, N, capacity.E);
+  const RankedSlots slots(arena, N, capacity.E);
   clear_pairs(pairs, stream);
+  rank_slots(type, capacity, weights, slots, arena, stream);
+  launch(round_limits_kernel, 1, kThreads, 0, stream, args, slots);
+  keep_slots(capacity, slots, kept_ids, stream);
   dispatch_compute(type, [&](auto number) {
     using T = decltype(number);
-    SortWorkspace<T> sort(arena, N);
-    rank_slots(capacity, static_cast<const T*>(weights), work, sort, arena.take<char>(0), stream);
-    launch(round_limits_kernel, 1, kThreads, 0, stream, args, work);
-    keep_slots(capacity, work, kept_ids, stream);
     launch(
         round_tokens_kernel<T>, capacity.E, kThreads, 0, stream, static_cast<const T*>(probs),
         capacity.ids, static_cast<const int64_t*>(kept_ids), capacity.T, capacity.K, capacity.E,
-        work, pairs);
+        slots, pairs);
   });
 }
 
@@ -399,4 +249,4 @@ void pair_weights_backward(
   });
 }
 
-}  // namespace moe_ext::cuda
+}  // namespace moe_ext::cuda::kernels

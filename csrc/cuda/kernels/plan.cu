@@ -1,11 +1,9 @@
-#ifndef MOE_EXT_CUDA_EMULATION
 #include <cub/device/device_radix_sort.cuh>
-#endif
 
 #include "common/score_function.h"
 #include "cuda/kernels/device.cuh"
 
-namespace moe_ext::cuda {
+namespace moe_ext::cuda::kernels {
 namespace {
 
 // Skipped slots sort behind all experts.
@@ -36,13 +34,6 @@ __global__ void plan_rows_kernel(
 __global__ void invert_kernel(const int32_t* row_map, int64_t N, int32_t* slot_of_row) {
   const int64_t slot = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (slot < N && row_map[slot] >= 0) slot_of_row[row_map[slot]] = static_cast<int32_t>(slot);
-}
-
-// Integers only, so that the order of the additions does not matter.
-template <class Id>
-__global__ void count_kernel(const Id* ids, int64_t N, int64_t E, unsigned long long* counts) {
-  const int64_t slot = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (slot < N && is_valid(ids[slot], E)) atomicAdd(&counts[ids[slot]], 1ull);
 }
 
 int key_bits(int64_t E) {
@@ -99,15 +90,4 @@ void invert_row_map(const int32_t* row_map, int64_t N, int32_t* slot_of_row, cud
   launch(invert_kernel, ceil_div(N, kThreads), kThreads, 0, stream, row_map, N, slot_of_row);
 }
 
-void count_experts(
-    IdType type, const void* ids, int64_t N, int64_t E, int64_t* counts, cudaStream_t stream) {
-  cudaMemsetAsync(counts, 0, E * sizeof(int64_t), stream);
-  if (N == 0) return;
-  dispatch_ids(type, ids, [&](const auto* typed) {
-    launch(
-        count_kernel<std::decay_t<decltype(*typed)>>, ceil_div(N, kThreads), kThreads, 0, stream,
-        typed, N, E, reinterpret_cast<unsigned long long*>(counts));
-  });
-}
-
-}  // namespace moe_ext::cuda
+}  // namespace moe_ext::cuda::kernels

@@ -1,9 +1,11 @@
 #include "cuda/kernels/warp_row.cuh"
 
-namespace moe_ext::cuda {
+namespace moe_ext::cuda::kernels {
 namespace {
 
-constexpr size_t kSharedBytes = 48 << 10;  // what every GPU gives without asking
+// Warps of a block, a token each: 4 rows of 1024 fp32 scores just pass 32 KiB of shared memory, so
+// that most routers still have several blocks an SM. Fewer where they would not fit.
+// (No row: the benchmark's experts are given. Its --profile has the router.)
 constexpr int kMostWarps = 4;
 
 // The order of a choice: larger first, NaN last, ties to the lower id; an id of -1 is behind all.
@@ -38,19 +40,6 @@ __device__ Candidate<T> next_candidate(
     if (other.is_before(best)) best = other;
   }
   return best;
-}
-
-// A group's score is the sum of its best kTop keys; a NaN key counts as -inf.
-template <int kTop, class T>
-__device__ T group_score(const T* keys, int64_t size) {
-  T first = -INFINITY, second = -INFINITY;
-  for (int64_t e = 0; e < size; ++e) {
-    const T key = keys[e] == keys[e] ? keys[e] : T(-INFINITY);
-    const T lower = key < first ? key : first;
-    first = key < first ? first : key;
-    second = second < lower ? lower : second;
-  }
-  return kTop > 1 && size > 1 ? first + second : first;
 }
 
 // What a warp needs: a row of keys, one of the groups' scores, and K numbers.
@@ -199,4 +188,4 @@ void router_weights_backward(
   });
 }
 
-}  // namespace moe_ext::cuda
+}  // namespace moe_ext::cuda::kernels

@@ -4,7 +4,7 @@
 #include "common/score_function.h"
 #include "cuda/kernels/device.cuh"
 
-namespace moe_ext::cuda {
+namespace moe_ext::cuda::kernels {
 
 // As common/score_function.h asks.
 template <class T>
@@ -50,4 +50,4 @@ struct WarpRow {
   }
 };
 
-}  // namespace moe_ext::cuda
+}  // namespace moe_ext::cuda::kernels

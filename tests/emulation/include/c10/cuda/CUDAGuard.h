@@ -1,4 +1,4 @@
-// In place of torch's: see tests/emulate_cuda.py.
+// In place of torch's: see tests/emulation/emulate.py.
 #pragma once
 
 #include <c10/core/Device.h>

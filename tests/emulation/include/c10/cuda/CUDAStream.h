@@ -1,6 +1,7 @@
-// In place of torch's: see tests/emulate_cuda.py.
+// In place of torch's: see tests/emulation/emulate.py.
 #pragma once
 
+#include <cuda_runtime_api.h>
 #include <torch/library.h>
 
 #undef TORCH_LIBRARY_IMPL

@@ -1,8 +1,9 @@
 """Runs tests with the CUDA operators in place of the CPU's, on a machine without a GPU.
 
-`make test-emulated`. csrc/cuda is compiled for the host under cuda_emulation.h and registered for
-CPU tensors, so that the tests of the operators, of autograd and of the layers run its code. What
-only a GPU can show is not tested: nvcc's code, races between blocks, streams, speed.
+`make test-emulated`. csrc/cuda is compiled for the host, with include/ in place of CUDA's headers,
+and registered for CPU tensors, so that the tests of the operators, of autograd and of the layers
+run its code. What only a GPU can show is not tested: nvcc's code, races between blocks, streams,
+speed.
 """
 
 import os
@@ -15,8 +16,8 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).resolve().parent.parent
-HERE = ROOT / "tests"
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 
 
 def load() -> None:
@@ -29,12 +30,11 @@ def load() -> None:
         name="moe_ext_emulated",
         sources=[
             *sorted(glob(str(ROOT / "csrc/cuda/*.cpp"))),
-            *sorted(glob(str(HERE / "emulated_cuda/*.cpp"))),
+            *sorted(glob(str(HERE / "*.cpp"))),
         ],
-        extra_include_paths=[str(HERE / "emulated_cuda"), str(ROOT / "csrc")],
+        extra_include_paths=[str(HERE / "include"), str(ROOT / "csrc")],
         extra_cflags=[
             "-O2",
-            f"-include{HERE / 'cuda_emulation.h'}",
             "-Wno-unknown-pragmas",
             "-fvisibility=hidden",
         ],

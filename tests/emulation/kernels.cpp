@@ -1,0 +1,13 @@
+// All kernels, for the host.
+#include "cuda/kernels/aux_loss.cu"
+#include "cuda/kernels/capacity.cu"
+#include "cuda/kernels/expert_ffn.cu"
+#include "cuda/kernels/gemm/few_rows.cu"
+#include "cuda/kernels/gemm/grad_weights.cu"
+#include "cuda/kernels/gemm/product.cu"
+#include "cuda/kernels/grouped_rows.cu"
+#include "cuda/kernels/pairs.cu"
+#include "cuda/kernels/permute.cu"
+#include "cuda/kernels/plan.cu"
+#include "cuda/kernels/router.cu"
+#include "cuda/kernels/unpermute.cu"
