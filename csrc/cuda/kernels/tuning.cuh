@@ -1,5 +1,6 @@
 // The numbers that several kernels share, each with its reason; a number that one file uses stands
-// there. In brackets: the rows of benchmarks/bench_moe_cuda.py that show it, by kind and model.
+// there. In brackets: a row of benchmarks/bench_moe_cuda.py that a change of it would show in, by
+// kind and model.
 #pragma once
 
 #include <cstddef>
@@ -44,7 +45,7 @@ constexpr int kFmaBlockK = 16;
 // Tensor cores. 8 warps in 2 x 4 make 64 x 32 each: 64 sums a thread, beside 100 more registers for
 // fragments and what is on its way from memory. A larger tile would spill; a smaller one reads its
 // operands more often. Along k: 64 bytes, that is 2 packs a thread of either operand, and 40 KiB
-// for both stages. [train, DeepSeek-V3]
+// for both stages. [train, DeepSeek-V3, before Hopper: there torch's product serves bf16]
 constexpr int kMmaTile = 128;
 constexpr int kMmaBlockKBytes = 64;
 
