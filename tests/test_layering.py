@@ -33,6 +33,10 @@ CPP_LAYERS = {
     "cpu/kernels/simd": {"allowed": {"cpu/kernels", "cpu/kernels/simd"}, "torch": False},
     "cuda": {"allowed": {"common", "ops", "cuda", "cuda/kernels"}, "torch": True},
     "cuda/kernels": {"allowed": {"common", "cuda/kernels"}, "torch": False},
+    "cuda/kernels/gemm": {
+        "allowed": {"common", "cuda/kernels", "cuda/kernels/gemm"},
+        "torch": False,
+    },
     "meta": {"allowed": {"ops"}, "torch": True},
     "autograd": {"allowed": {"autograd"}, "torch": True},
     "autocast": {"allowed": {"ops"}, "torch": True},
