@@ -1,7 +1,7 @@
-// The CPU kernels without torch, for the sanitizers: every piece on every instruction set, at odd
+// The CPU kernels without torch, for the sanitizers: every task on every instruction set, at odd
 // sizes, on buffers that end where the data ends, against sums in double. `make test-kernels`.
 //
-// With an argument N, pieces are run by N threads, which is what the thread sanitizer is to watch.
+// With an argument N, tasks are run by N threads, which is what the thread sanitizer is to watch.
 #include <atomic>
 #include <cstdlib>
 #include <functional>
@@ -9,12 +9,15 @@
 #include <thread>
 
 #include "common/token_rounding.h"
+#include "cpu/kernels/aux_loss.h"
+#include "cpu/kernels/capacity.h"
 #include "cpu/kernels/kernels.h"
-#include "cpu/select.h"
+#include "cpu/kernels/pairs.h"
+#include "cpu/kernels/plan.h"
 #include "shared_tests.h"
 
 using namespace harness;
-using namespace moe_ext::kernels;
+using namespace moe_ext::cpu::kernels;
 using moe_ext::Activation;
 using oracle::Numbers;
 
@@ -22,13 +25,13 @@ namespace {
 
 int num_threads = 1;
 
-// Runs piece(i, scratch) for i in [0, count), by several threads if asked for.
-void run(int64_t count, int64_t scratch_bytes, const std::function<void(int64_t, void*)>& piece) {
+// Runs task(i, scratch) for i in [0, count), by several threads if asked for.
+void run(int64_t count, int64_t scratch_bytes, const std::function<void(int64_t, void*)>& task) {
   std::atomic<int64_t> next{0};
   const auto work = [&] {
     std::unique_ptr<void, decltype(&std::free)> scratch(
         std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64 + 64), &std::free);
-    for (int64_t i; (i = next.fetch_add(1)) < count;) piece(i, scratch.get());
+    for (int64_t i; (i = next.fetch_add(1)) < count;) task(i, scratch.get());
   };
   std::vector<std::thread> threads;
   for (int t = 1; t < num_threads; ++t) threads.emplace_back(work);
@@ -153,17 +156,17 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
     return out;
   };
 
-  std::vector<RowChunk> chunks, experts{{0, 0, rows}, {1, rows, N}};
-  for (const RowChunk& expert : experts) {
-    for (int64_t begin = expert.begin; begin < expert.end; begin += kernels.max_chunk_rows) {
-      chunks.push_back(
-          {expert.expert, begin, std::min(begin + kernels.max_chunk_rows, expert.end)});
+  std::vector<RowBlock> blocks, experts{{0, 0, rows}, {1, rows, N}};
+  for (const RowBlock& expert : experts) {
+    for (int64_t begin = expert.begin; begin < expert.end; begin += kernels.max_block_rows) {
+      blocks.push_back(
+          {expert.expert, begin, std::min(begin + kernels.max_block_rows, expert.end)});
     }
   }
-  const int64_t scratch =
-      kernels.scratch_bytes(
-          std::min(std::max<int64_t>(rows, 5), kernels.max_chunk_rows), std::max(H, W), kMaxParts) +
-      (T + 1) * kMaxParts * kPieceCols * 8;
+  const int64_t scratch = kernels.scratch_bytes(
+                              std::min(std::max<int64_t>(rows, 5), kernels.max_block_rows),
+                              std::max(H, W), kMaxNBlocks) +
+                          (T + 1) * kMaxNBlocks * kBlockN * 8;
 
   // Forward.
   Buffer hidden(type, N * W), activated(type, N * I), out(type, T * H);
@@ -182,10 +185,10 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
       {up_bias.at(I), W},
       hidden.data(),
       activated.data()};
-  const int64_t up_cols = (W + kPieceCols - 1) / kPieceCols;
-  run(chunks.size() * up_cols, scratch, [&](int64_t i, void* s) {
+  const int64_t up_cols = (W + kBlockN - 1) / kBlockN;
+  run(blocks.size() * up_cols, scratch, [&](int64_t i, void* s) {
     const int64_t col = i % up_cols;
-    kernels.up(up_args, chunks[i / up_cols], col, col + 1 < up_cols, s);
+    kernels.up(up_args, blocks[i / up_cols], col, col + 1 < up_cols, s);
   });
   Numbers expected_hidden(N * W), no_grad(N * I);
   oracle::add_product(gathered, x.values, up_weights.values, W, H, !transposed, expected_hidden);
@@ -198,7 +201,7 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
           .activated,
       kTolerance);
 
-  const CombineArgs combine_args{
+  const ProductArgs product_args{
       I,
       H,
       {activated.data(), I, nullptr},
@@ -208,30 +211,32 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
       row_weight.data(),
       out.data(),
       1};
-  // Two blocks of tokens.
-  std::vector<RowChunk> block_chunks;
-  std::vector<TokenBlock> blocks;
+  // Two token_blocks of tokens.
+  std::vector<RowBlock> token_block_rows;
+  std::vector<TokenBlock> token_blocks;
   for (const int64_t begin : {int64_t{0}, T / 2}) {
     const int64_t end = begin == 0 ? T / 2 : T;
-    const int64_t first = block_chunks.size();
-    for (const RowChunk& chunk : chunks) {
+    const int64_t first = token_block_rows.size();
+    for (const RowBlock& block : blocks) {
       const auto edge = [&](int64_t t) {
-        return std::lower_bound(token.begin() + chunk.begin, token.begin() + chunk.end, t) -
+        return std::lower_bound(token.begin() + block.begin, token.begin() + block.end, t) -
                token.begin();
       };
-      if (edge(begin) < edge(end)) block_chunks.push_back({chunk.expert, edge(begin), edge(end)});
+      if (edge(begin) < edge(end))
+        token_block_rows.push_back({block.expert, edge(begin), edge(end)});
     }
-    blocks.push_back({begin, end, first, static_cast<int64_t>(block_chunks.size())});
+    token_blocks.push_back({begin, end, first, static_cast<int64_t>(token_block_rows.size())});
   }
-  const auto run_combine = [&](const CombineArgs& args) {
-    const int64_t pitch = args.parts * kPieceCols;
+  const auto run_product = [&](const ProductArgs& args) {
+    const int64_t pitch = args.n_blocks * kBlockN;
     const int64_t cols = (args.N + pitch - 1) / pitch;
     run(2 * cols, scratch, [&](int64_t i, void* s) {
       const int64_t col = i % cols;
-      kernels.combine(args, block_chunks.data(), blocks[i / cols], col, col + 1 < cols, s);
+      kernels.product(
+          args, token_block_rows.data(), token_blocks[i / cols], col, col + 1 < cols, s);
     });
   };
-  run_combine(combine_args);
+  run_product(product_args);
   Numbers finished(N * H);
   oracle::add_product(dense, activated.values, down_weights.values, H, I, !transposed, finished);
   oracle::add_bias(dense, down_bias.values, H, finished);
@@ -247,9 +252,9 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
       expected.dots[r] += grad.values[token[r] * H + h] * down_bias.values[e * H + h];
     }
   });
-  for (const int64_t parts : {int64_t{1}, kMaxParts}) {
-    const int64_t i_cols = (I + kPieceCols - 1) / kPieceCols;
-    Buffer grad_hidden(type, N * W), weighted(type, N * I), grad_parts(compute, i_cols * N);
+  for (const int64_t n_blocks : {int64_t{1}, kMaxNBlocks}) {
+    const int64_t i_cols = (I + kBlockN - 1) / kBlockN;
+    Buffer grad_hidden(type, N * W), weighted(type, N * I), grad_sums(compute, i_cols * N);
     Weights down = weights(down_weights, H, I);
     std::swap(down.n_stride, down.k_stride);
     const GradHiddenArgs hidden_args{
@@ -265,24 +270,24 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
         row_weight.data(),
         grad_hidden.data(),
         weighted.data(),
-        grad_parts.data(),
-        parts};
-    const int64_t cols = (I + parts * kPieceCols - 1) / (parts * kPieceCols);
-    run(chunks.size() * cols, scratch, [&](int64_t i, void* s) {
+        grad_sums.data(),
+        n_blocks};
+    const int64_t cols = (I + n_blocks * kBlockN - 1) / (n_blocks * kBlockN);
+    run(blocks.size() * cols, scratch, [&](int64_t i, void* s) {
       const int64_t col = i % cols;
-      kernels.grad_hidden(hidden_args, chunks[i / cols], col, col + 1 < cols, s);
+      kernels.grad_hidden(hidden_args, blocks[i / cols], col, col + 1 < cols, s);
     });
     check(name + " grad_hidden", grad_hidden, expected.grad_hidden, kTolerance);
     check(name + " weighted", weighted, expected.weighted, kTolerance);
     Numbers grad_weights(N);
-    grad_parts.read();
-    for (int64_t i = 0; i < i_cols * N; ++i) grad_weights[i % N] += grad_parts.values[i];
-    expect(error(grad_weights, expected.dots, 0) <= 1e-5, name + " grad_weight_parts");
+    grad_sums.read();
+    for (int64_t i = 0; i < i_cols * N; ++i) grad_weights[i % N] += grad_sums.values[i];
+    expect(error(grad_weights, expected.dots, 0) <= 1e-5, name + " grad_weight_sums");
 
     Weights back = gate;
     std::swap(back.n_stride, back.k_stride);
     Buffer grad_x(type, T * H);
-    run_combine(
+    run_product(
         {W,
          H,
          {grad_hidden.data(), W, nullptr},
@@ -291,14 +296,14 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
          token.data(),
          nullptr,
          grad_x.data(),
-         parts});
+         n_blocks});
     Numbers grad_rows(N * H);
     oracle::add_product(dense, grad_hidden.values, up_weights.values, H, W, transposed, grad_rows);
     check(name + " grad_x", grad_x, scatter(grad_rows, Numbers(N, 1)), kTolerance);
 
-    if (parts > 1) continue;
+    if (n_blocks > 1) continue;
     // And an idle expert.
-    std::vector<RowChunk> three = experts;
+    std::vector<RowBlock> three = experts;
     three.push_back({2, N, N});
     oracle::Groups three_gathered = gathered;
     three_gathered.offsets.push_back(static_cast<int32_t>(N));
@@ -309,16 +314,16 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
                                     {x.data(), H, token.data()},
                                     grad_up.data(),
                                     rows % 2 == 0};
-    const int64_t m_blocks = (W + kGradRows - 1) / kGradRows;
-    const int64_t n_blocks = (H + kGradCols - 1) / kGradCols;
-    run(3 * m_blocks * n_blocks, kernels.grad_scratch_bytes(std::max<int64_t>(rows, 5)),
+    const int64_t blocks_m = (W + kGradBlockM - 1) / kGradBlockM;
+    const int64_t blocks_n = (H + kGradBlockN - 1) / kGradBlockN;
+    run(3 * blocks_m * blocks_n, kernels.grad_scratch_bytes(std::max<int64_t>(rows, 5)),
         [&](int64_t i, void* s) {
           kernels.grad_weights(
-              grad_args, three[i / n_blocks / m_blocks], i / n_blocks % m_blocks, i % n_blocks, s);
+              grad_args, three[i / blocks_n / blocks_m], i / blocks_n % blocks_m, i % blocks_n, s);
         });
     const ColumnSumArgs sum_args{
         W, {grad_hidden.data(), W, nullptr}, row_weight.data(), sums.data()};
-    const int64_t w_cols = (W + kPieceCols - 1) / kPieceCols;
+    const int64_t w_cols = (W + kBlockN - 1) / kBlockN;
     run(3 * w_cols, 64,
         [&](int64_t i, void*) { kernels.column_sum(sum_args, three[i / w_cols], i % w_cols); });
     check(
@@ -371,7 +376,7 @@ void test_selection(int64_t num_slots, int64_t E, int64_t M, std::mt19937& rando
     ids[s] = static_cast<int64_t>(random() % (E + 2)) - 1;
     keys[s] = random() % 9 == 0 ? NAN : static_cast<float>(random() % 5);  // many ties
   }
-  const moe_ext::cpu::SlotsByExpert slots(ids.data(), num_slots, E);
+  const SlotsByExpert slots(ids.data(), num_slots, E);
   std::vector<int64_t> counts(E);
   for (int64_t e = 0; e < E; ++e) {
     std::vector<int64_t> expected;
@@ -400,6 +405,202 @@ void test_selection(int64_t num_slots, int64_t E, int64_t M, std::mt19937& rando
         fail("rounding too far");
       }
     }
+  }
+}
+
+// The plan of slots and of pairs, forth and back, against the oracle's; and what is wrong with
+// others.
+void test_plan(int64_t T, int64_t K, int64_t E, shared_tests::IdKind kind, std::mt19937& random) {
+  const int64_t N = T * K, H = 3;
+  const std::string name = describe("plan", "T", T, "K", K, "E", E, "kind", int{kind});
+  const std::vector<int64_t> ids = shared_tests::make_ids(N, E, kind, random);
+  const oracle::Plan expected = oracle::plan(ids, K, E);
+  std::vector<int32_t> row_map(N), offsets(E + 1), slot_of_row(N);
+  make_plan(ids.data(), nullptr, N, E, row_map.data(), offsets.data(), slot_of_row.data());
+  const int64_t used = offsets[E];
+  slot_of_row.resize(used);
+  expect(row_map == expected.row_map, name + ": row_map");
+  for (int64_t r = 0; r < used; ++r) {
+    expect(row_map[slot_of_row[r]] == r, name + ": slot_of_row");
+  }
+  std::vector<int32_t> inverse(N, -1);
+  const auto take = [&](int32_t slot, int32_t row) {
+    return std::exchange(inverse[row], slot) == -1;
+  };
+  int32_t row = 0;
+  const auto invert = [&] {
+    std::fill(inverse.begin(), inverse.end(), -1);
+    return for_slots(row_map.data(), N, N, &row, take);
+  };
+  expect(invert() == RowMapFault::kNone, name + ": its own row_map");
+  expect(std::equal(slot_of_row.begin(), slot_of_row.end(), inverse.begin()), name + ": inverse");
+
+  std::vector<char> tokens(T * H), permuted(N * H, 'x');
+  for (char& byte : tokens) byte = static_cast<char>(random() % 26 + 'a');
+  gather_rows(tokens.data(), row_map.data(), K, H, 0, T, permuted.data());
+  for (int64_t r = 0; r < used; ++r) {
+    const char* token = tokens.data() + slot_of_row[r] / K * H;
+    expect(std::equal(token, token + H, permuted.data() + r * H), name + ": gathered");
+  }
+
+  if (used > 1) {
+    const int64_t first = slot_of_row[0], second = slot_of_row[1];
+    row_map[second] = 0;
+    expect(invert() == RowMapFault::kTwice && row == 0, name + ": a row twice");
+    for (const int64_t outside : {int64_t{-2}, N}) {
+      row_map[first] = static_cast<int32_t>(outside);
+      expect(invert() == RowMapFault::kOutside && row == outside, name + ": a row outside");
+    }
+  }
+  std::vector<int32_t> bad(ids.begin(), ids.end());
+  expect(find_bad_id(bad.data(), N) == N, name + ": no bad id");
+  if (N > 0) bad[N / 2] = -2;
+  expect(find_bad_id(bad.data(), N) == (N > 0 ? N / 2 : 0), name + ": a bad id");
+}
+
+// Pairs in the order of their tokens, the unused ones last.
+void test_order_by_token(int64_t P, int64_t T, std::mt19937& random) {
+  std::vector<int64_t> tokens(P);
+  for (int64_t& token : tokens) token = static_cast<int64_t>(random() % (T + 1)) - 1;
+  std::vector<int32_t> expected(P);
+  for (int64_t p = 0; p < P; ++p) expected[p] = static_cast<int32_t>(p);
+  std::stable_sort(expected.begin(), expected.end(), [&](int32_t a, int32_t b) {
+    return (tokens[a] < 0 ? T : tokens[a]) < (tokens[b] < 0 ? T : tokens[b]);
+  });
+  expect(
+      order_by_token(tokens.data(), P, T) == expected, describe("order_by_token", "P", P, "T", T));
+}
+
+// The best tokens of all experts, line by line; the list that a rounding writes; capacity.
+void test_pairs(int64_t T, int64_t K, int64_t E, std::mt19937& random) {
+  const std::string name = describe("pairs", "T", T, "K", K, "E", E);
+  const std::vector<int64_t> ids =
+      shared_tests::make_ids(T * K, E, shared_tests::kSomeSkipped, random);
+  std::vector<float> probs(T * E);
+  for (float& p : probs) p = random() % 9 == 0 ? NAN : static_cast<float>(random() % 7);
+  std::vector<int64_t> counts(E);
+  for (int64_t& count : counts) count = static_cast<int64_t>(random() % (T + 1));
+  const auto allowed = [&](int64_t t, int64_t e) {
+    return is_routed_elsewhere(ids.data() + t * K, K, E, e);
+  };
+  std::vector<std::vector<int64_t>> tokens(E);
+  for (int64_t first = 0; first < E; first += kExpertsPerLine<float>) {
+    best_tokens(
+        probs.data(), T, E, counts, allowed, first, std::min(first + kExpertsPerLine<float>, E),
+        tokens);
+  }
+  const SlotsByExpert slots(ids.data(), T * K, E);
+  std::vector<float> weights(T * K, 1.0f);
+  int64_t size = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    std::vector<int64_t> may_go;
+    std::vector<float> keys(T);
+    for (int64_t t = 0; t < T; ++t) {
+      keys[t] = probs[t * E + e];
+      bool here = false, somewhere = false;
+      for (int64_t k = 0; k < K; ++k) {
+        here = here || ids[t * K + k] == e;
+        somewhere = somewhere || (ids[t * K + k] >= 0 && ids[t * K + k] < E);
+      }
+      if (somewhere && !here) may_go.push_back(t);
+    }
+    expect(tokens[e] == oracle::best(may_go, keys.data(), counts[e]), name + ": best tokens");
+    size += static_cast<int64_t>(tokens[e].size()) + slots.count(e);
+  }
+
+  std::vector<int64_t> kept(T * K, -1);
+  for (const int64_t room : {size, size + 3, size / 2}) {
+    std::vector<int64_t> pair_tokens(room), pair_experts(room), pair_slots(room);
+    PairWriter pairs{pair_tokens.data(), pair_experts.data(), pair_slots.data(), room};
+    for (int64_t e = 0; e < E; ++e) {
+      write_rounded(e, K, slots.best(e, weights.data(), T * K), tokens[e], pairs, kept.data());
+    }
+    pairs.finish();
+    expect(pairs.used == size, name + ": as many pairs as there are");
+    for (int64_t p = 0; p < room; ++p) {
+      const bool used = p < size;
+      expect((pair_tokens[p] >= 0) == used, name + ": the used pairs come first");
+      if (pair_slots[p] >= 0) {
+        expect(ids[pair_slots[p]] == pair_experts[p], name + ": a slot's expert");
+        expect(pair_slots[p] / K == pair_tokens[p], name + ": a slot's token");
+      }
+      const bool ordered = p == 0 || !used || pair_experts[p] != pair_experts[p - 1] ||
+                           pair_tokens[p] >= pair_tokens[p - 1];
+      expect(ordered, name + ": in the order of the tokens");
+    }
+  }
+  for (int64_t slot = 0; slot < T * K; ++slot) {
+    const int64_t expected = ids[slot] >= 0 && ids[slot] < E ? ids[slot] : -1;
+    expect(kept[slot] == expected, name + ": kept");
+  }
+
+  for (const int64_t capacity : {int64_t{0}, int64_t{2}, T * K}) {
+    std::vector<int64_t> highest(T * K, -1), earliest(T * K, -1), used(E, 0);
+    keep_highest_weights(probs.data(), slots, capacity, 0, E, highest.data());
+    keep_earliest(ids.data(), T, K, E, capacity, earliest.data());
+    for (int64_t e = 0; e < E; ++e) {
+      const int64_t fits = std::min(capacity, slots.count(e));
+      expect(std::count(highest.begin(), highest.end(), e) == fits, name + ": capacity by weight");
+      expect(std::count(earliest.begin(), earliest.end(), e) == fits, name + ": capacity by place");
+    }
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t slot = k; slot < T * K; slot += K) {
+        const int64_t e = ids[slot];
+        if (e < 0 || e >= E) continue;
+        expect((earliest[slot] == e) == (used[e]++ < capacity), name + ": the earliest stay");
+      }
+    }
+  }
+}
+
+// Counts, entropies and a row of gradients over masked tokens.
+void test_counts(int64_t T, int64_t K, int64_t E, std::mt19937& random) {
+  const std::string name = describe("counts", "T", T, "K", K, "E", E);
+  std::vector<int64_t> ids = shared_tests::make_ids(T * K, E, shared_tests::kSomeSkipped, random);
+  std::vector<double> probs(T * E);
+  for (double& p : probs) p = random() % 5 == 0 ? 0 : static_cast<double>(random() % 100 + 1) / 100;
+  std::unique_ptr<bool[]> mask(new bool[T]);
+  for (int64_t t = 0; t < T; ++t) mask[t] = random() % 3 != 0;
+  for (const bool* tokens :
+       {static_cast<const bool*>(nullptr), static_cast<const bool*>(mask.get())}) {
+    std::vector<int64_t> counts(E), expected(E);
+    double entropy = 0;
+    int64_t unmasked = 0;
+    for (int64_t t = 0; t < T; ++t) {
+      if (tokens && !tokens[t]) continue;
+      ++unmasked;
+      for (int64_t k = 0; k < K; ++k) {
+        const int64_t id = ids[t * K + k];
+        if (id >= 0 && id < E) ++expected[id];
+      }
+      for (int64_t e = 0; e < E; ++e) {
+        const double p = probs[t * E + e];
+        if (p > 0) entropy -= p * std::log(p);
+      }
+    }
+    expect(
+        count_choices(ids.data(), tokens, 0, T, K, E, counts.data()) == T * K && counts == expected,
+        name + ": choices");
+    expect(count_unmasked(tokens, T) == unmasked, name + ": unmasked");
+    const double found = sum_entropies(probs.data(), E, tokens, 0, T);
+    expect(std::fabs(found - entropy) <= 1e-12 * std::fabs(entropy), name + ": entropy");
+    std::vector<double> grad(T * E);
+    spread_grad_row(0.5, probs.data(), tokens, T, E, 0, T, grad.data());
+    for (int64_t i = 0; i < T * E; ++i) {
+      const bool counts_here = !tokens || tokens[i / E];
+      expect(grad[i] == (counts_here ? 0.5 * probs[i % E] : 0), name + ": spread");
+    }
+  }
+  if (T > 1 && K > 0) {
+    ids[K] = -2;
+    mask[1] = true;
+    std::vector<int64_t> counts(E);
+    expect(
+        count_choices(ids.data(), mask.get(), 0, T, K, E, counts.data()) == K, name + ": a bad id");
+    mask[1] = false;
+    expect(
+        count_choices(ids.data(), mask.get(), 0, T, K, E, counts.data()) == T * K,
+        name + ": a bad id that is masked");
   }
 }
 
@@ -437,6 +638,16 @@ int main(int argc, char** argv) {
   test_activations();
   for (const int64_t num_slots : {0, 1, 50, 1000}) {
     for (const int64_t E : {1, 3, 40}) test_selection(num_slots, E, 1 + random() % 16, random);
+  }
+  for (const int64_t T : {0, 1, 2, 37}) {
+    for (const int64_t K : {0, 1, 3}) {
+      for (const int64_t E : {1, 5, 40}) {
+        for (const auto kind : shared_tests::kIdKinds) test_plan(T, K, E, kind, random);
+        test_pairs(T, K, E, random);
+        test_counts(T, K, E, random);
+      }
+    }
+    test_order_by_token(3 * T, T + 1, random);
   }
   return finish();
 }
