@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from moe_ext import ops
 from moe_ext._buffers import writable
 from moe_ext._messages import warn_once
 
@@ -206,7 +207,7 @@ class HasAuxLoss(nn.Module):
         self._compiled_in_training = self.training
         if self.training and loss.requires_grad:
             one = torch.ones_like(self._compiled_calls)
-            torch.ops.moe_ext._add_once.default(self._compiled_calls, one)
+            ops._add_once(self._compiled_calls, one)
 
     def _adopt_compiled(self) -> None:
         """Keeps what compiled forwards, which can only assign, have left: the last one's loss."""

@@ -160,9 +160,7 @@ class GroupedExperts(_Experts):
         }
         if pair_tokens is None:
             return ops.moe_ffn(tokens, topk_weights, topk_ids, *weights, **options)
-        return torch.ops.moe_ext._moe_ffn_pairs.default(
-            tokens, topk_weights, topk_ids, pair_tokens, *weights, **options
-        )
+        return ops._moe_ffn_pairs(tokens, topk_weights, topk_ids, pair_tokens, *weights, **options)
 
 
 class SharedExpert(_Experts):
@@ -249,7 +247,7 @@ def add_to_monitor(totals: Tensor, counts: Tensor, **scalars: Tensor) -> None:
     unknown = totals.new_full((), torch.nan)
     values = [scalars.get(name, unknown).double() for name in MONITORED[:-1]]
     once = torch.cat([counts.double(), torch.stack([*values, totals.new_ones(())])])
-    torch.ops.moe_ext._add_once.default(totals, once)
+    ops._add_once(totals, once)
 
 
 class MoE(HasAuxLoss):
@@ -541,7 +539,7 @@ class MoE(HasAuxLoss):
         """Keeps the statistics of this forward."""
 
         def count(ids: Tensor) -> Tensor:
-            return torch.ops.moe_ext._tokens_per_expert.default(ids, self.num_experts)
+            return ops._tokens_per_expert(ids, self.num_experts)
 
         kept = count(routed.topk_ids)
         ran = kept if routed.pairs is None else count(routed.pairs[1].unsqueeze(1))
@@ -554,7 +552,7 @@ class MoE(HasAuxLoss):
             dropped += (chosen >= self.num_experts).sum()
         if self._monitor_totals is not None and self.training:
             probs = routed.router_probs.detach()
-            entropy = torch.ops.moe_ext._router_entropy.default(probs, token_mask)
+            entropy = ops._router_entropy(probs, token_mask)
             tokens = probs.new_full((), probs.shape[0]) if token_mask is None else token_mask.sum()
             add_to_monitor(
                 self._monitor_totals,

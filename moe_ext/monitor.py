@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_ext import ops
 from moe_ext._messages import need_int, warn
 from moe_ext.layers import MONITORED, MoE
 
@@ -82,10 +83,10 @@ def _add_entropy(
     if not router.training:
         return
     probs = router_probs(output)
-    entropy = torch.ops.moe_ext._router_entropy.default(probs, None)
+    entropy = ops._router_entropy(probs)
     tokens = probs.new_full((), probs.shape[0])
     share = entropy * tokens / math.log(max(probs.shape[1], 2))
-    torch.ops.moe_ext._add_once.default(totals, torch.stack([share, tokens]).to(totals))
+    ops._add_once(totals, torch.stack([share, tokens]).to(totals))
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""The operators, typed. Each is one call into `torch.ops.moe_ext`; plain PyTorch twins of all of
-them are in `moe_ext.reference`.
+"""The operators, typed: the only way from Python into `torch.ops.moe_ext`. Each is one call; their
+twins in plain PyTorch are in `moe_ext.reference`.
 
 Rules for all of them:
 
@@ -274,3 +274,164 @@ def router_z_loss(router_logits: Tensor, *, token_mask: Tensor | None = None) ->
         A scalar, float32 (float64 for float64); 0 if there is no unmasked token.
     """
     return _ops.router_z_loss.default(router_logits, token_mask=token_mask)
+
+
+# Operators that are no part of the public API, for the modules of this package, which check their
+# options themselves.
+
+
+def _router_logits(tokens: Tensor, weight: Tensor) -> Tensor:
+    """tokens [T, H], weight [E, H] -> [T, E] in float32 (float64 for float64), summed in that dtype
+    under autocast too; differentiable."""
+    return _ops._router_logits.default(tokens, weight)
+
+
+def _router_weights(
+    router_logits: Tensor,
+    topk_ids: Tensor,
+    *,
+    score_function: str,
+    renormalize: bool,
+    scaling_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """topk_weights [T, K] and router_probs [T, E] of `topk_router` for ids that are given."""
+    return _ops._router_weights.default(
+        router_logits,
+        topk_ids,
+        score_function=score_function,
+        renormalize=renormalize,
+        scaling_factor=scaling_factor,
+    )
+
+
+def _tokens_per_expert(topk_ids: Tensor, num_experts: int) -> Tensor:
+    """How often each expert stands in topk_ids [T, K]: [E] int64; skipped ids count nowhere."""
+    return _ops._tokens_per_expert.default(topk_ids, num_experts)
+
+
+def _router_entropy(router_probs: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """The mean over the unmasked tokens of -sum_e p_e log p_e: a scalar; not differentiable."""
+    return _ops._router_entropy.default(router_probs, token_mask)
+
+
+def _add_once(total: Tensor, value: Tensor) -> None:
+    """total += value, unless activation checkpointing runs this forward again."""
+    _ops._add_once.default(total, value)
+
+
+def _apply_capacity(
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    capacity_factor: Tensor,
+    num_experts: int,
+    *,
+    min_capacity: int,
+    drop_policy: str,
+) -> Tensor:
+    """topk_ids [T, K] with -1 for what an expert drops over its capacity, see `TopKRouter`;
+    capacity_factor is a float64 scalar."""
+    return _ops._apply_capacity.default(
+        topk_weights,
+        topk_ids,
+        capacity_factor,
+        num_experts,
+        min_capacity=min_capacity,
+        drop_policy=drop_policy,
+    )
+
+
+def _round_tokens(
+    router_probs: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    tile_size: int,
+    rounding: str,
+    capacity_factor: Tensor | None,
+    min_capacity: int,
+    noise: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token rounding, see `TopKRouter`.
+
+    capacity_factor is a float64 scalar or None; noise [E] float64 in [0, 1) belongs to rounding=
+    "stochastic". Returns pair_tokens, pair_experts and pair_slots [P] (the slot t K + k that a pair
+    comes from, -1 for a token that was taken beyond the choice), and kept_ids [T, K].
+    """
+    return _ops._round_tokens.default(
+        router_probs,
+        topk_weights,
+        topk_ids,
+        tile_size=tile_size,
+        rounding=rounding,
+        capacity_factor=capacity_factor,
+        min_capacity=min_capacity,
+        noise=noise,
+    )
+
+
+def _expert_choice(
+    router_probs: Tensor, token_mask: Tensor | None, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """pair_tokens and pair_experts [P]: each expert's min(T, ceil(T K / E)) most probable tokens,
+    T being the unmasked ones."""
+    return _ops._expert_choice.default(router_probs, token_mask, top_k)
+
+
+def _pair_weights(
+    topk_weights: Tensor,
+    router_probs: Tensor,
+    pair_tokens: Tensor,
+    pair_experts: Tensor,
+    pair_slots: Tensor | None,
+    num_experts: int,
+    scaling_factor: float,
+) -> Tensor:
+    """The weight [P] of each pair: its slot's, or without one its probability times scaling_factor;
+    differentiable in topk_weights and router_probs."""
+    return _ops._pair_weights.default(
+        topk_weights,
+        router_probs,
+        pair_tokens,
+        pair_experts,
+        pair_slots,
+        num_experts,
+        scaling_factor,
+    )
+
+
+def _grouped_linear(
+    rows: Tensor, expert_offsets: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Each row [N, H], grouped by expert as for `expert_ffn`, times its expert's weight [E, W, H],
+    plus bias [E, W]: [N, W]."""
+    return _ops._grouped_linear.default(rows, expert_offsets, weight, bias)
+
+
+def _moe_ffn_pairs(
+    tokens: Tensor,
+    pair_weights: Tensor,
+    pair_experts: Tensor,
+    pair_tokens: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    recompute: str = "activation",
+) -> Tensor:
+    """`moe_ffn` for tokens with a varying number of experts: a list of pairs [P] in any order."""
+    return _ops._moe_ffn_pairs.default(
+        tokens,
+        pair_weights,
+        pair_experts,
+        pair_tokens,
+        gate_up_proj,
+        down_proj,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        activation=activation,
+        gated=gated,
+        recompute=recompute,
+    )

@@ -12,8 +12,6 @@ from moe_ext import ops
 from moe_ext._buffers import writable
 from moe_ext._messages import need, need_bool, need_choice, need_int, need_number, warn_once
 
-_ops = torch.ops.moe_ext
-
 
 class RouterOutput(NamedTuple):
     """What a router decides; the layer depends on nothing else.
@@ -283,7 +281,7 @@ class TopKRouter(nn.Module):
     # --- from tokens to a choice ---
 
     def _logits(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        logits = _ops._router_logits.default(tokens, weight)
+        logits = ops._router_logits(tokens, weight)
         return logits if self.temperature == 1 else logits / self.temperature
 
     def _score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,7 +302,7 @@ class TopKRouter(nn.Module):
         )
 
     def _weights(self, scores: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return _ops._router_weights.default(
+        return ops._router_weights(
             scores,
             topk_ids,
             score_function=self.score_function,
@@ -335,8 +333,8 @@ class TopKRouter(nn.Module):
         if token_mask is not None:
             topk_ids = topk_ids.masked_fill(~token_mask.unsqueeze(1), -1)
         if self.training and self._is_counting():
-            counts = _ops._tokens_per_expert.default(topk_ids, self.weight.shape[0])
-            _ops._add_once.default(writable(self, "_counters", counts)[0], counts)
+            counts = ops._tokens_per_expert(topk_ids, self.weight.shape[0])
+            ops._add_once(writable(self, "_counters", counts)[0], counts)
         return self._limit(RouterOutput(weights, topk_ids, probs, logits), token_mask)
 
     def _check_inputs(self, tokens: Tensor, topk_ids: Tensor | None) -> None:
@@ -396,7 +394,7 @@ class TopKRouter(nn.Module):
             noise = None
             if self.rounding == "stochastic":
                 noise = torch.rand(num_experts, dtype=torch.float64, device=ids.device)
-            pair_tokens, pair_experts, pair_slots, kept_ids = _ops._round_tokens.default(
+            pair_tokens, pair_experts, pair_slots, kept_ids = ops._round_tokens(
                 probs.detach(),
                 weights.detach(),
                 ids,
@@ -406,7 +404,7 @@ class TopKRouter(nn.Module):
                 min_capacity=self.min_capacity,
                 noise=noise,
             )
-            pair_weights = _ops._pair_weights.default(
+            pair_weights = ops._pair_weights(
                 weights,
                 probs,
                 pair_tokens,
@@ -417,7 +415,7 @@ class TopKRouter(nn.Module):
             )
             pairs = (pair_tokens, pair_experts, pair_weights)
         elif factor is not None:
-            kept_ids = _ops._apply_capacity.default(
+            kept_ids = ops._apply_capacity(
                 weights.detach(),
                 ids,
                 factor,
@@ -443,7 +441,7 @@ class TopKRouter(nn.Module):
         share = None
         if self.process_group is not None and self.balance_per == "batch":
             masked = ids if token_mask is None else ids.masked_fill(~token_mask.unsqueeze(1), -1)
-            counts = _ops._tokens_per_expert.default(masked, self.weight.shape[0])
+            counts = ops._tokens_per_expert(masked, self.weight.shape[0])
             tokens = counts.new_full((1,), ids.shape[0]) if token_mask is None else token_mask.sum()
             counts = torch.cat([counts, tokens.view(1)])
             dist.all_reduce(counts, group=self.process_group)
@@ -598,10 +596,8 @@ class ExpertChoiceRouter(TopKRouter):
         if not self.training:
             return routed
         probs = routed.router_probs
-        pair_tokens, pair_experts = _ops._expert_choice.default(
-            probs.detach(), token_mask, self.top_k
-        )
-        pair_weights = _ops._pair_weights.default(
+        pair_tokens, pair_experts = ops._expert_choice(probs.detach(), token_mask, self.top_k)
+        pair_weights = ops._pair_weights(
             routed.topk_weights.detach(),
             probs,
             pair_tokens,

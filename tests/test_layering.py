@@ -48,6 +48,7 @@ INCLUDE = re.compile(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', re.MULTILINE)
 
 # Module of the package -> modules of it that it may import.
 PYTHON_LAYERS = {
+    "_C": set(),
     "__init__": {
         "_C",
         "_flops",
@@ -66,14 +67,16 @@ PYTHON_LAYERS = {
     "ops": set(),
     "reference": set(),
     "routers": {"_buffers", "_messages", "ops"},
-    "aux_loss": {"_buffers", "_messages"},
+    "aux_loss": {"_buffers", "_messages", "ops"},
     "layers": {"_buffers", "_messages", "aux_loss", "ops", "routers"},
     "training": {"_messages", "layers", "routers"},
-    "monitor": {"_messages", "layers", "_monitor_figure"},
+    "monitor": {"_messages", "layers", "ops", "_monitor_figure"},
     "_monitor_figure": set(),
-    "integrations/__init__": set(),
-    "integrations/transformers": {"__init__", "ops", "layers", "monitor"},
+    "integrations": set(),
+    "integrations.transformers": {"ops", "layers", "monitor"},
 }
+# Modules that may name torch.ops.moe_ext: Python reaches C++ in one way.
+NAMES_OPERATORS = {"ops", "_flops"}
 
 
 def cpp_violations(root: Path) -> list[str]:
@@ -98,29 +101,36 @@ def cpp_violations(root: Path) -> list[str]:
     return wrong
 
 
+def imported_modules(node: ast.AST) -> list[str]:
+    """The modules of the package that a statement imports, without the package's name in front;
+    the package itself is "__init__"."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.level:
+        return ["by a relative path"]
+    elif isinstance(node, ast.ImportFrom):
+        below = [f"{node.module}.{alias.name}" for alias in node.names]
+        names = [x if x.removeprefix("moe_ext.") in PYTHON_LAYERS else node.module for x in below]
+    else:
+        names = []
+    ours = [name for name in names if name.split(".")[0] == "moe_ext"]
+    return [name.removeprefix("moe_ext.").replace("moe_ext", "__init__") for name in ours]
+
+
 def python_violations(root: Path) -> list[str]:
+    """Lines `module: what is wrong` for the Python sources below root."""
     wrong = []
     for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).with_suffix("").as_posix()
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[1:] and parts[-1] == "__init__" else parts)
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                modules = (
-                    [alias.name for alias in node.names]
-                    if node.module == "moe_ext"
-                    else [(node.module or "").removeprefix("moe_ext.")]
-                    if (node.module or "").startswith("moe_ext.")
-                    else []
-                )
-            elif isinstance(node, ast.Import):
-                modules = [
-                    alias.name.removeprefix("moe_ext.").replace("moe_ext", "__init__")
-                    for alias in node.names
-                    if alias.name.split(".")[0] == "moe_ext"
-                ]
-            else:
-                continue
-            allowed = PYTHON_LAYERS[name]
-            wrong += [f"{name}: imports {module}" for module in modules if module not in allowed]
+            for module in imported_modules(node):
+                if module not in PYTHON_LAYERS[name]:
+                    wrong.append(f"{name}: imports {module}")
+            is_attribute = isinstance(node, ast.Attribute) and node.attr == "moe_ext"
+            is_import = isinstance(node, ast.ImportFrom) and node.module == "torch.ops"
+            if (is_attribute or is_import) and name not in NAMES_OPERATORS:
+                wrong.append(f"{name}: names torch.ops.moe_ext in line {node.lineno}")
     return wrong
 
 
@@ -161,7 +171,11 @@ def test_the_checker_sees_cpp(tmp_path, file, line):
         ("ops.py", "from moe_ext import layers"),
         ("ops.py", "from moe_ext.layers import MoE"),
         ("reference.py", "import moe_ext"),
+        ("ops.py", "from . import reference"),
         ("routers.py", "import moe_ext.layers"),
+        ("routers.py", "torch.ops.moe_ext._add_once(total, value)"),
+        ("routers.py", "from torch import ops\n_ops = ops.moe_ext"),
+        ("routers.py", "from torch.ops import moe_ext"),
     ],
 )
 def test_the_checker_sees_python(tmp_path, file, line):

@@ -82,7 +82,7 @@ def experts_forward(
         tokens = tokens.to(up.dtype)
     totals = getattr(self, "_monitor_totals", None)
     if totals is not None and self.training:
-        counts = torch.ops.moe_ext._tokens_per_expert.default(top_k_index, down.shape[0])
+        counts = ops._tokens_per_expert(top_k_index, down.shape[0])
         zero = totals.new_zeros(())
         add_to_monitor(totals, counts, dropped=zero, tokens=zero + tokens.shape[0])
 
@@ -102,11 +102,10 @@ def experts_forward(
         return out.to(hidden_states.dtype)
 
     # The model's own function between the two products.
-    grouped_linear = torch.ops.moe_ext._grouped_linear.default
     rows, row_map, expert_offsets = ops.permute(tokens, top_k_index, up.shape[0])
-    hidden = grouped_linear(rows, expert_offsets, up, up_bias)
+    hidden = ops._grouped_linear(rows, expert_offsets, up, up_bias)
     hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-    rows = grouped_linear(hidden.to(rows.dtype), expert_offsets, down, down_bias)
+    rows = ops._grouped_linear(hidden.to(rows.dtype), expert_offsets, down, down_bias)
     if self.has_post_expert_norm:
         rows = self.post_expert_norm(rows)
     return ops.unpermute(rows, row_map, top_k_weights).to(hidden_states.dtype)
