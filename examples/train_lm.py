@@ -91,7 +91,7 @@ class ReferenceMoE(moe_ext.MoE):
         weights, ids, probs = reference.topk_router(logits, self.top_k)
         loss = self.aux_loss_coef * reference.load_balancing_loss(probs, ids)
         counts = torch.bincount(ids.flatten(), minlength=self.num_experts)
-        self.last_stats = moe_ext.layers.MoEStats(counts, counts.new_zeros(()))
+        self.last_stats = moe_ext.statistics.MoEStats(counts, counts.new_zeros(()))
         experts = self.experts
         y = reference.moe_ffn(tokens, weights, ids, experts.gate_up_proj, experts.down_proj)
         y, _ = self._hand_out(y, loss, is_taken=False)  # to total_aux_loss, like the other

@@ -54,7 +54,8 @@ _check_torch(_C.build_info()["torch"], torch.__version__)
 
 from moe_ext import _flops, reference  # noqa: E402, F401
 from moe_ext.aux_loss import set_aux_loss_scale, total_aux_loss  # noqa: E402
-from moe_ext.layers import GroupedExperts, MoE, MoEConfig  # noqa: E402
+from moe_ext.experts import GroupedExperts  # noqa: E402
+from moe_ext.moe import MoE, MoEConfig  # noqa: E402
 from moe_ext.ops import (  # noqa: E402
     expert_ffn,
     load_balancing_loss,

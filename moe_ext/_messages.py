@@ -55,6 +55,16 @@ def need_int(who: str, argument: str, got: object, least: int) -> None:
     need(who, got >= least, argument, f">= {least}", got)
 
 
+def need_sizes(who: str, **sizes: object) -> None:
+    """Raises ValueError unless all are integers above 0, and top_k, if it is one of them, is no
+    larger than num_experts."""
+    for name, size in sizes.items():
+        need_int(who, name, size, least=1)
+    if "top_k" in sizes:
+        top_k, num_experts = sizes["top_k"], sizes["num_experts"]
+        need(who, top_k <= num_experts, "top_k", f"in [1, num_experts={num_experts}]", top_k)
+
+
 def need_number(who: str, argument: str, got: object) -> None:
     """Raises ValueError unless it is a finite number."""
     is_number = isinstance(got, numbers.Real) and not isinstance(got, bool)

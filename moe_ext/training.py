@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from moe_ext._messages import need, need_number
-from moe_ext.layers import MoE
+from moe_ext.moe import MoE
 from moe_ext.routers import TopKRouter
 
 

@@ -46,34 +46,65 @@ CPP_LAYERS = {
 TORCH = re.compile(r"^(ATen|c10|torch)/")
 INCLUDE = re.compile(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', re.MULTILINE)
 
-# Module of the package -> modules of it that it may import.
+# Module of the package -> modules of it that it may import; a package's name is its __init__.
+ROUTER = {"ops", "_messages", "routers.output", "routers.topk"}
 PYTHON_LAYERS = {
-    "_C": set(),
     "__init__": {
         "_C",
         "_flops",
         "_version",
         "aux_loss",
-        "layers",
+        "experts",
+        "moe",
         "ops",
         "reference",
         "routers",
         "training",
     },
+    "_C": set(),
     "_buffers": set(),
+    "_flops": set(),
     "_messages": set(),
     "_version": set(),
-    "_flops": set(),
     "ops": set(),
     "reference": set(),
-    "routers": {"_buffers", "_messages", "ops"},
     "aux_loss": {"_buffers", "_messages", "ops"},
-    "layers": {"_buffers", "_messages", "aux_loss", "ops", "routers"},
-    "training": {"_messages", "layers", "routers"},
-    "monitor": {"_messages", "layers", "ops", "_monitor_figure"},
-    "_monitor_figure": set(),
+    "experts": {"_messages", "ops"},
+    "statistics": {"ops"},
+    "routers.output": set(),
+    "routers.limits": {"_messages", "ops", "routers.output"},
+    "routers.balance": {"_buffers", "_messages", "ops", "routers.output"},
+    "routers.topk": {"_messages", "ops", "routers.balance", "routers.limits", "routers.output"},
+    "routers.expert_choice": ROUTER,
+    "routers.given_ids": ROUTER,
+    "routers.hierarchical": ROUTER,
+    "routers.noisy": ROUTER,
+    "routers": {
+        "routers.expert_choice",
+        "routers.given_ids",
+        "routers.hierarchical",
+        "routers.noisy",
+        "routers.output",
+        "routers.topk",
+    },
+    "moe": {"_buffers", "_messages", "aux_loss", "experts", "ops", "routers", "statistics"},
+    "training": {"_messages", "moe", "routers"},
+    "monitor.watch": {"moe", "ops", "statistics"},
+    "monitor.flops": {"monitor.watch"},
+    "monitor.guard": {"_messages"},
+    "monitor.records": {"_messages"},
+    "monitor.figure": set(),
+    "monitor.monitor": {
+        "_messages",
+        "monitor.figure",
+        "monitor.flops",
+        "monitor.guard",
+        "monitor.records",
+        "monitor.watch",
+    },
+    "monitor": {"monitor.flops", "monitor.guard", "monitor.monitor", "monitor.watch"},
     "integrations": set(),
-    "integrations.transformers": {"ops", "layers", "monitor"},
+    "integrations.transformers": {"ops", "statistics", "monitor"},
 }
 # Modules that may name torch.ops.moe_ext: Python reaches C++ in one way.
 NAMES_OPERATORS = {"ops", "_flops"}
@@ -168,16 +199,23 @@ def test_the_checker_sees_cpp(tmp_path, file, line):
 @pytest.mark.parametrize(
     "file,line",
     [
-        ("ops.py", "from moe_ext import layers"),
-        ("ops.py", "from moe_ext.layers import MoE"),
+        ("ops.py", "from moe_ext import moe"),
+        ("ops.py", "from moe_ext import MoE"),
+        ("ops.py", "from moe_ext.moe import MoE"),
         ("reference.py", "import moe_ext"),
         ("ops.py", "from . import reference"),
-        ("routers.py", "import moe_ext.layers"),
-        ("routers.py", "torch.ops.moe_ext._add_once(total, value)"),
-        ("routers.py", "from torch import ops\n_ops = ops.moe_ext"),
-        ("routers.py", "from torch.ops import moe_ext"),
+        ("routers/topk.py", "import moe_ext.moe"),
+        ("routers/topk.py", "from moe_ext import routers"),
+        ("routers/topk.py", "from moe_ext.routers import noisy"),
+        ("routers/__init__.py", "from moe_ext.moe import MoE"),
+        ("moe.py", "from moe_ext.monitor import Monitor"),
+        ("moe.py", "torch.ops.moe_ext._add_once(total, value)"),
+        ("moe.py", "from torch import ops\n_ops = ops.moe_ext"),
+        ("moe.py", "from torch.ops import moe_ext"),
     ],
 )
 def test_the_checker_sees_python(tmp_path, file, line):
-    (tmp_path / file).write_text(line + "\n")
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(line + "\n")
     assert python_violations(tmp_path)

@@ -267,7 +267,7 @@ def test_a_failed_constructor_leaves_nothing(failure, tmp_path, monkeypatch):
         pytest.importorskip("tensorboard")
     elif failure == "ceiling":
         options["peak_flops"] = None
-        monkeypatch.setattr(moe_ext.monitor, "measure_ceiling", lambda *_: 1 / 0)
+        monkeypatch.setattr(moe_ext.monitor.monitor, "measure_ceiling", lambda *_: 1 / 0)
     elif failure == "warning":
         options["resume_at"] = 3
     with warnings.catch_warnings(), pytest.raises(Exception):  # noqa: B017 (each its own)

@@ -266,6 +266,12 @@ def test_the_toolkit_is_where_nvcc_says(tmp_path):
     assert result.stdout.strip() == str(tmp_path / "real")
 
 
+def test_every_package_is_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = [path.parent.relative_to(ROOT) for path in ROOT.glob("moe_ext/**/*.py")]
+    assert set(project["tool"]["setuptools"]["packages"]) == {".".join(x.parts) for x in folders}
+
+
 def test_the_version_is_in_the_changelog():
     assert re.fullmatch(r"\d+\.\d+\.\d+", moe_ext.__version__)
     assert f"## {moe_ext.__version__}" in (ROOT / "CHANGELOG.md").read_text()

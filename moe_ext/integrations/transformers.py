@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ext import monitor, ops
-from moe_ext.layers import add_to_monitor
+from moe_ext.statistics import add_to_monitor
 
 try:
     from transformers import activations

@@ -40,32 +40,29 @@ def _heat_map(axis, records: list[dict], index: int):
     return image
 
 
-def draw(records: list[dict], path: str | Path) -> None:
-    """Writes the picture of the records of one run, those with the layers of the last one. Raises
-    ValueError if there are none."""
-    if not records:
-        raise ValueError("Monitor.draw: there must be at least one record, got none")
-    records = [record for record in records if _layout(record) == _layout(records[-1])]
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the user
-
-    steps = [record["step"] for record in records]
-    layers = range(len(records[0]["layers"]))
-    # The layers spread over the depth of a deep model.
+def _draw_heat_maps(figure, records: list[dict]) -> None:
+    """The experts of every layer over time; of a deep model, of layers spread over its depth."""
+    count = len(records[0]["layers"])
     last = MOST_HEAT_MAPS - 1
-    shown = sorted({round(i * (len(layers) - 1) / last) for i in range(MOST_HEAT_MAPS)})
-    if len(layers) <= MOST_HEAT_MAPS:
-        shown = list(layers)
-    figure = Figure(figsize=(13, max(6.5, 1.1 * len(shown) + 1)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1])
-    maps = left.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    shown = sorted({round(i * (count - 1) / last) for i in range(MOST_HEAT_MAPS)})
+    if count <= MOST_HEAT_MAPS:
+        shown = list(range(count))
+    maps = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axis, index in zip(maps, shown, strict=True):
         image = _heat_map(axis, records, index)
     maps[-1].set_xlabel("step")
-    bar = left.colorbar(image, ax=list(maps), extend="both", aspect=40, pad=0.01)
+    bar = figure.colorbar(image, ax=list(maps), extend="both", aspect=40, pad=0.01)
     bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["1/4", "1/2", "1", "2", "4"])
     bar.minorticks_off()
     bar.set_label("load over the mean")
+
+
+def _draw_curves(figure, records: list[dict]) -> None:
+    """Load, entropy where it is known, drops where there are any, and speed."""
+    from matplotlib import colormaps
+
+    steps = [record["step"] for record in records]
+    layers = range(len(records[0]["layers"]))
 
     def series(name: str, index: int) -> list[float]:
         values = [record["layers"][index][name] for record in records]
@@ -74,7 +71,7 @@ def draw(records: list[dict], path: str | Path) -> None:
     drops = any(any(series("dropped", i)) for i in layers)
     entropies = not all(math.isnan(value) for i in layers for value in series("entropy", i))
     panels = ["load", *["entropy"] * entropies, *["drops"] * drops, "speed"]
-    axes = dict(zip(panels, right.subplots(len(panels), 1, sharex=True), strict=True))
+    axes = dict(zip(panels, figure.subplots(len(panels), 1, sharex=True), strict=True))
     colors = [colormaps["viridis"](i / max(len(layers) - 1, 1)) for i in layers]
     for i in layers:
         name = records[0]["layers"][i]["name"]
@@ -104,4 +101,19 @@ def draw(records: list[dict], path: str | Path) -> None:
     for axis in axes.values():
         axis.grid(alpha=0.3)
         axis.title.set_fontsize(9)
+
+
+def draw(records: list[dict], path: str | Path) -> None:
+    """Writes the picture of the records of one run, those with the layers of the last one. Raises
+    ValueError if there are none."""
+    if not records:
+        raise ValueError("Monitor.draw: there must be at least one record, got none")
+    records = [record for record in records if _layout(record) == _layout(records[-1])]
+    from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the user
+
+    shown = min(len(records[0]["layers"]), MOST_HEAT_MAPS)
+    figure = Figure(figsize=(13, max(6.5, 1.1 * shown + 1)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1])
+    _draw_heat_maps(left, records)
+    _draw_curves(right, records)
     figure.savefig(path, dpi=110)

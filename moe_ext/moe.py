@@ -1,191 +1,19 @@
-"""The Mixture-of-Experts layer: thin modules over the operators."""
+"""The Mixture-of-Experts layer: a router and experts, put together."""
 
 import dataclasses
 import inspect
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moe_ext import ops
+from moe_ext import ops, routers
 from moe_ext._buffers import writable
-from moe_ext._messages import need, need_bool, need_choice, need_int, need_number
+from moe_ext._messages import need, need_bool, need_choice, need_int, need_number, need_sizes
 from moe_ext.aux_loss import HasAuxLoss
+from moe_ext.experts import GroupedExperts, SharedExpert
 from moe_ext.routers import RouterOutput, TopKRouter
-
-
-class _Experts(nn.Module):
-    """Projections of one expert or of a stack of them: shapes begin with `leading`."""
-
-    def __init__(
-        self,
-        leading: tuple[int, ...],
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        activation: str,
-        gated: bool,
-        bias: bool,
-        recompute: str,
-        init_std: float,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__()
-        who = type(self).__name__
-        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
-        for name, size in sizes.items():
-            need_int(who, name, size, least=1)
-        need(who, isinstance(activation, str), "activation", 'a name, "silu" say', activation)
-        need_choice(who, "recompute", recompute, "activation", "hidden")
-        need_bool(who, "gated", gated)
-        need_bool(who, "bias", bias)
-        need_number(who, "init_std", init_std)
-        need(who, init_std >= 0, "init_std", ">= 0", init_std)
-        self.activation = activation
-        self.gated = gated
-        self.recompute = recompute
-        self.init_std = init_std
-        self._up_name = "gate_up_proj" if gated else "up_proj"
-        width = 2 * intermediate_size if gated else intermediate_size
-        shapes = {
-            self._up_name: (*leading, width, hidden_size),
-            "down_proj": (*leading, hidden_size, intermediate_size),
-        }
-        if bias:
-            shapes[f"{self._up_name}_bias"] = (*leading, width)
-            shapes["down_proj_bias"] = (*leading, hidden_size)
-        for name, shape in shapes.items():
-            parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            self.register_parameter(name, parameter)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal with standard deviation init_std; zero biases."""
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.endswith("_bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=self.init_std)
-
-    def _check_tokens(self, tokens: Tensor) -> None:
-        # Here, not in the layer: whoever shards or casts a module does it around its own forward.
-        weight = self.down_proj
-        dtype, device = weight.dtype, weight.device
-        if tokens.dtype != dtype and not torch.is_autocast_enabled(tokens.device.type):
-            raise RuntimeError(
-                f"{type(self).__name__}: tokens (the layer's x) must be {dtype} like its weights, "
-                f"got {tokens.dtype}: convert one of them with .to(), or run it under "
-                "torch.autocast"
-            )
-        if tokens.device != device:
-            raise RuntimeError(
-                f"{type(self).__name__}: tokens (the layer's x) must be on {device} like its "
-                f"weights, got {tokens.device}"
-            )
-
-    def extra_repr(self) -> str:
-        shape = list(getattr(self, self._up_name).shape)
-        return f"{self._up_name}={shape}, activation={self.activation}, recompute={self.recompute}"
-
-
-class GroupedExperts(_Experts):
-    """E feed-forward experts with stacked weights, in Hugging Face's layout.
-
-    Args:
-        num_experts, hidden_size, intermediate_size: E, H, I.
-        activation, gated, recompute: see `moe_ext.expert_ffn`.
-        bias: on both projections.
-        init_std: standard deviation of the projections at initialization; biases start at zero.
-
-    Parameters: gate_up_proj [E, 2I, H] (rows 0..I-1 gate, I..2I-1 up) or, not gated, up_proj
-    [E, I, H]; down_proj [E, H, I]; with bias gate_up_proj_bias [E, 2I] or up_proj_bias [E, I], and
-    down_proj_bias [E, H].
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        activation: str = "silu",
-        gated: bool = True,
-        bias: bool = False,
-        recompute: str = "activation",
-        init_std: float = 0.02,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        need_int("GroupedExperts", "num_experts", num_experts, least=1)
-        super().__init__(
-            (num_experts,),
-            hidden_size,
-            intermediate_size,
-            activation=activation,
-            gated=gated,
-            bias=bias,
-            recompute=recompute,
-            init_std=init_std,
-            device=device,
-            dtype=dtype,
-        )
-        # The operator knows the rules for the options; a run on no tokens applies them now.
-        on_meta = {name: parameter.to("meta") for name, parameter in self.named_parameters()}
-        tokens = self.down_proj.new_empty(0, hidden_size, device="meta")
-        slots = tokens.new_empty(0, 1)
-        torch.func.functional_call(self, on_meta, (tokens, slots, slots.long()))
-
-    def forward(
-        self,
-        tokens: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        pair_tokens: Tensor | None = None,
-    ) -> Tensor:
-        """tokens [T, H], topk_weights [T, K], topk_ids [T, K] -> [T, H]: `moe_ext.moe_ffn`.
-
-        With pair_tokens [P] the weights and ids are [P] too: a list of pairs in any order, for
-        tokens with a varying number of experts; -1 marks an unused one.
-        """
-        self._check_tokens(tokens)
-        weights = (getattr(self, self._up_name), self.down_proj)
-        options = {
-            "gate_up_bias": getattr(self, f"{self._up_name}_bias", None),
-            "down_bias": getattr(self, "down_proj_bias", None),
-            "activation": self.activation,
-            "gated": self.gated,
-            "recompute": self.recompute,
-        }
-        if pair_tokens is None:
-            return ops.moe_ffn(tokens, topk_weights, topk_ids, *weights, **options)
-        return ops._moe_ffn_pairs(tokens, topk_weights, topk_ids, pair_tokens, *weights, **options)
-
-
-class SharedExpert(_Experts):
-    """One expert that sees every token with weight 1; no biases.
-
-    Parameters: gate_up_proj [2I, H] or, not gated, up_proj [I, H]; down_proj [H, I].
-    """
-
-    def __init__(self, hidden_size: int, intermediate_size: int, **options) -> None:
-        super().__init__((), hidden_size, intermediate_size, bias=False, **options)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [T, H] -> [T, H]: moe_ffn with one expert, for its small activation memory."""
-        self._check_tokens(tokens)
-        slots = tokens.new_ones(tokens.shape[0], 1)
-        return ops.moe_ffn(
-            tokens,
-            slots,
-            torch.zeros_like(slots, dtype=torch.int64),
-            getattr(self, self._up_name).unsqueeze(0),
-            self.down_proj.unsqueeze(0),
-            activation=self.activation,
-            gated=self.gated,
-            recompute=self.recompute,
-        )
+from moe_ext.statistics import MoEStats, add_to_monitor
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -228,26 +56,70 @@ class MoEConfig:
     dtype: torch.dtype | None = None
 
 
-class MoEStats(NamedTuple):
-    """What the last forward did: tokens_per_expert [E] int64, dropped (scalar int64)."""
+# The options of the router that MoE makes; a router that is given has its own.
+_ROUTING = (
+    "score_function",
+    "renormalize",
+    "scaling_factor",
+    "temperature",
+    "jitter",
+    "num_groups",
+    "topk_groups",
+    "bias_update_rate",
+    "capacity_factor",
+    "eval_capacity_factor",
+    "min_capacity",
+    "drop_policy",
+    "capacity_bounds",
+    "tile_size",
+    "rounding",
+    "balance_per",
+    "normalize_by_topk",
+)
 
-    tokens_per_expert: Tensor
-    dropped: Tensor
+
+def _check_config(config: MoEConfig) -> None:
+    """Raises ValueError for what the router and the experts do not check."""
+    names = ("hidden_size", "intermediate_size", "num_experts", "top_k")
+    need_sizes("MoE", **{name: getattr(config, name) for name in names})
+    need_choice("MoE", "balance", config.balance, "aux_loss", "bias", "none")
+    for name in ("aux_loss_coef", "z_loss_coef"):
+        coef = getattr(config, name)
+        need_number("MoE", name, coef)
+        need("MoE", coef >= 0, name, ">= 0", coef)
+    need_bool("MoE", "inject_aux_loss", config.inject_aux_loss)
+    need_int("MoE", "shared_intermediate_size", config.shared_intermediate_size, least=0)
+    if config.router is not None:
+        _check_router(config)
 
 
-# What a watched layer adds up beside the counts [E] (`moe_ext.monitor`): slots dropped, entropy of
-# the router's probabilities over all tokens, losses, tokens, forwards.
-MONITORED = ("dropped", "entropy", "loss", "tokens", "forwards")
+def _check_router(config: MoEConfig) -> None:
+    """Raises ValueError unless a router of the user's fits, as far as it tells its sizes;
+    `MoE._check_routed` sees the rest at the first forward."""
+    router = config.router
+    for name in _ROUTING:
+        value, default = getattr(config, name), MoEConfig.__dataclass_fields__[name].default
+        need("MoE", value == default, name, "left to the router where one is given", value)
+    must_be = "a module, moe_ext.TopKRouter(...) say, that returns a moe_ext.RouterOutput"
+    need("MoE", isinstance(router, nn.Module), "router", must_be, router)
+    try:
+        inspect.signature(router.forward).bind(None, None)
+    except TypeError:
+        need("MoE", False, "router", "one with forward(tokens, topk_ids=None)", router)
+    for name in ("hidden_size", "num_experts", "top_k"):
+        size, own = getattr(router, name, None), getattr(config, name)
+        need("MoE", size is None or size == own, f"router.{name}", f"the layer's {own}", size)
+    if config.balance == "bias":
+        has_bias = getattr(router, "expert_bias", None) is not None
+        need("MoE", has_bias, "router", "one with bias_update_rate", router)
 
 
-def add_to_monitor(totals: Tensor, counts: Tensor, **scalars: Tensor) -> None:
-    """Adds a forward to the totals [E + len(MONITORED)] of a watched module: its counts [E] and
-    the scalars of MONITORED but forwards; one that is left out is unknown, NaN. What checkpointing
-    runs again adds nothing. No sync."""
-    unknown = totals.new_full((), torch.nan)
-    values = [scalars.get(name, unknown).double() for name in MONITORED[:-1]]
-    once = torch.cat([counts.double(), torch.stack([*values, totals.new_ones(())])])
-    ops._add_once(totals, once)
+def _make_router(config: MoEConfig) -> TopKRouter:
+    names = (*_ROUTING, "init_std", "device", "dtype")
+    options = {name: getattr(config, name) for name in names}
+    if config.balance != "bias":
+        options["bias_update_rate"] = None
+    return TopKRouter(config.hidden_size, config.num_experts, config.top_k, **options)
 
 
 class MoE(HasAuxLoss):
@@ -324,94 +196,37 @@ class MoE(HasAuxLoss):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        arguments = locals()  # those of MoEConfig, by the same names
+        config = MoEConfig(**{name: arguments[name] for name in MoEConfig.__dataclass_fields__})
         super().__init__(inject_aux_loss, device)
-        sizes = {
-            "hidden_size": hidden_size,
-            "intermediate_size": intermediate_size,
-            "num_experts": num_experts,
-            "top_k": top_k,
-        }
-        for name, size in sizes.items():
-            need_int("MoE", name, size, least=1)
-        must_be = f"in [1, num_experts={num_experts}]"
-        need("MoE", top_k <= num_experts, "top_k", must_be, top_k)
-        need_choice("MoE", "balance", balance, "aux_loss", "bias", "none")
-        for name, coef in {"aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef}.items():
-            need_number("MoE", name, coef)
-            need("MoE", coef >= 0, name, ">= 0", coef)
-        need_bool("MoE", "inject_aux_loss", inject_aux_loss)
-        need_int("MoE", "shared_intermediate_size", shared_intermediate_size, least=0)
+        _check_config(config)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
         self.balance = balance
         self.aux_loss_coef = aux_loss_coef if balance == "aux_loss" else 0.0
         self.z_loss_coef = z_loss_coef
-        common = {"init_std": init_std, "device": device, "dtype": dtype}
-        routing = {
-            "score_function": score_function,
-            "renormalize": renormalize,
-            "scaling_factor": scaling_factor,
-            "temperature": temperature,
-            "jitter": jitter,
-            "num_groups": num_groups,
-            "topk_groups": topk_groups,
-            "bias_update_rate": bias_update_rate,
-            "capacity_factor": capacity_factor,
-            "eval_capacity_factor": eval_capacity_factor,
-            "min_capacity": min_capacity,
-            "drop_policy": drop_policy,
-            "capacity_bounds": capacity_bounds,
-            "tile_size": tile_size,
-            "rounding": rounding,
-            "balance_per": balance_per,
-            "normalize_by_topk": normalize_by_topk,
-        }
-        if router is None:
-            if balance != "bias":
-                routing["bias_update_rate"] = None
-            router = TopKRouter(hidden_size, num_experts, top_k, **routing, **common)
-        else:
-            for name, value in routing.items():
-                default = MoEConfig.__dataclass_fields__[name].default
-                must_be = "left to the router where one is given"
-                need("MoE", value == default, name, must_be, value)
-            self._check_router(router)
-        self.router = router
+        self.router = router = _make_router(config) if router is None else router
         self._router_takes_mask = "token_mask" in inspect.signature(router.forward).parameters
         # The routers of this package name no experts that are not there.
-        self._router_is_ours = type(router).__module__ == TopKRouter.__module__
-        ffn = {"activation": activation, "gated": gated, "recompute": recompute, **common}
+        self._router_is_ours = type(router).__module__.startswith(f"{routers.__name__}.")
+        names = ("activation", "gated", "recompute", "init_std", "device", "dtype")
+        ffn = {name: getattr(config, name) for name in names}
         self.experts = GroupedExperts(num_experts, hidden_size, intermediate_size, bias=bias, **ffn)
-        self.shared_expert = (
-            SharedExpert(hidden_size, shared_intermediate_size, **ffn)
-            if shared_intermediate_size
-            else None
-        )
-        # Statistics are buffers written in place: that works in a compiled checkpoint, where
-        # assigning a tensor to an attribute does not.
+        self.shared_expert = None
+        if shared_intermediate_size:
+            self.shared_expert = SharedExpert(hidden_size, shared_intermediate_size, **ffn)
+        self._add_statistics(device)
+        self._monitor_totals: Tensor | None = None  # moe_ext.monitor's, while it watches
+
+    def _add_statistics(self, device: torch.device | str | None) -> None:
+        # Buffers written in place: that works in a compiled checkpoint, where assigning a tensor to
+        # an attribute does not.
         with torch.inference_mode(False):
-            counts = torch.zeros(num_experts, device=device, dtype=torch.int64)
+            counts = torch.zeros(self.num_experts, device=device, dtype=torch.int64)
             dropped = torch.zeros((), device=device, dtype=torch.int64)
         self.register_buffer("_tokens_per_expert", counts, persistent=False)
         self.register_buffer("_dropped", dropped, persistent=False)
-        self._monitor_totals: Tensor | None = None  # moe_ext.monitor's, while it watches
-
-    def _check_router(self, router: nn.Module) -> None:
-        """That a router of the user's fits, as far as it tells its sizes; `_check_routed` sees the
-        rest at the first forward."""
-        must_be = "a module, moe_ext.TopKRouter(...) say, that returns a moe_ext.RouterOutput"
-        need("MoE", isinstance(router, nn.Module), "router", must_be, router)
-        try:
-            inspect.signature(router.forward).bind(None, None)
-        except TypeError:
-            need("MoE", False, "router", "one with forward(tokens, topk_ids=None)", router)
-        for name in ("hidden_size", "num_experts", "top_k"):
-            size, own = getattr(router, name, None), getattr(self, name)
-            need("MoE", size is None or size == own, f"router.{name}", f"the layer's {own}", size)
-        if self.balance == "bias":
-            has_bias = getattr(router, "expert_bias", None) is not None
-            need("MoE", has_bias, "router", "one with bias_update_rate", router)
 
     @classmethod
     def from_config(cls, config: MoEConfig) -> "MoE":
