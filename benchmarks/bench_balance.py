@@ -3,21 +3,21 @@
 Rates and megabytes are printed and go into benchmarks/results/balance.json (not in a smoke run).
 """
 
-import json
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import cpu_model
+from harness.device import in_own_process
+from harness.results import keep, machine, path_of
+from harness.timing import Agreement, Turns
 from loss_memory import PEERS
 
 import moe_ext
 from moe_ext.monitor import Monitor
 
 ops = torch.ops.moe_ext
+RESULTS = path_of("balance")
 SHAPES = [(1024, 8, 2), (4096, 128, 8), (16384, 64, 6)]  # T, E, K
 
 
@@ -40,9 +40,12 @@ def sort_columns(probs, weights, ids, tile_size):
     return order.T[keep.T], keep.T.nonzero()[:, 0]
 
 
-@pytest.mark.parametrize("what", ["topk_router", "capacity", "rounding", "sort", "expert_choice"])
+OPERATORS = ["topk_router", "capacity", "rounding", "sort", "expert_choice"]
+
+
+@pytest.mark.parametrize("what", OPERATORS)
 @pytest.mark.parametrize("T,E,K", SHAPES)
-def test_operators(run, what, T, E, K):
+def test_operators(take_turns, what, T, E, K):
     logits = torch.randn(T, E)
     probs, weights, ids = make_choice(T, E, K, 0.3)
     factor = torch.tensor(1.0, dtype=torch.float64)
@@ -53,7 +56,8 @@ def test_operators(run, what, T, E, K):
         "sort": lambda: sort_columns(probs, weights, ids, 128),
         "expert_choice": lambda: ops._expert_choice(probs, None, K),
     }
-    run(calls[what], bytes_moved=4 * T * E)
+    # Different operators; below, the sort is held against rounding.
+    take_turns(calls, what, bytes_moved=4 * T * E, agreement=Agreement(unlike=OPERATORS))
 
 
 def test_the_sort_does_the_same():
@@ -91,7 +95,7 @@ def test_rounding_rates(benchmark):
     benchmark.extra_info["rates"] = rows
     if benchmark.disabled:
         return
-    keep("rounding", rows)
+    keep(RESULTS, machine(), "rounding", rows)
     print(f"\n{'T E K':>14} tile skew rows/tile  waste | nearest drop/pad  up pad  down drop")
     for r in rows:
         print(
@@ -104,20 +108,19 @@ def test_rounding_rates(benchmark):
 
 def test_loss_memory(benchmark):
     T, E = (131072, 256) if not benchmark.disabled else (1024, 16)
-    script = str(Path(__file__).with_name("loss_memory.py"))
+    script = Path(__file__).with_name("loss_memory.py")
 
-    def measure(loss, peer):
-        command = [sys.executable, script, loss, peer, str(T), str(E)]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
-        return round(float(result.stdout), 1)
+    def measure():
+        return {
+            loss: {peer: round(in_own_process(script, loss, peer, T, E), 1) for peer in peers}
+            for loss, peers in PEERS.items()
+        }
 
-    mib = benchmark.pedantic(
-        lambda: {loss: {peer: measure(loss, peer) for peer in PEERS[loss]} for loss in PEERS},
-        rounds=1,
-    )
+    mib = benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info["peak_mib"] = mib
     if not benchmark.disabled:
-        keep("loss_memory_mib", {"T": T, "E": E, "probabilities": 4 * T * E / 2**20, **mib})
+        figures = {"T": T, "E": E, "probabilities": 4 * T * E / 2**20, **mib}
+        keep(RESULTS, machine(), "loss_memory_mib", figures)
         print(f"\nlosses of {T} x {E} ({4 * T * E >> 20} MiB of probabilities): {mib}")
 
 
@@ -132,53 +135,33 @@ def test_monitor_cost(benchmark):
     totals = {layer: layer._monitor_totals for layer in layers}
     rounds = 40 if not benchmark.disabled else 1
 
-    def watch(on: bool) -> None:
+    def watch(who: str) -> None:
+        on = who == "watched"
         trainer.monitor = monitor if on else None
         for layer in layers:
             layer._monitor_totals = totals[layer] if on else None
 
-    def in_turns(step, count) -> dict[bool, float]:
+    def in_turns(step, rounds: int) -> dict[str, float]:
         """The median seconds of a step, watched and not."""
-        times = {False: [], True: []}
-        for _ in range(count):
-            for on, each in times.items():
-                watch(on)
-                started = time.perf_counter()
-                step()
-                each.append(time.perf_counter() - started)
-        return {on: sorted(each)[len(each) // 2] for on, each in times.items()}
+        calls = dict.fromkeys(["alone", "watched"], step)
+        unlike = Agreement(unlike=calls)  # each step starts where the last one ended
+        return Turns(calls, rounds=rounds, before=watch, agreement=unlike).run().median()
 
-    trainer.train_step()
     steps = benchmark.pedantic(lambda: in_turns(trainer.train_step, rounds), rounds=1)
-    # A step's noise is larger than the cost: what is added is timed alone, too.
+    # A step's noise is larger than the cost: what is added is timed by itself, too.
     with torch.no_grad():
         routed, loss = layers[0].router(torch.randn(1024, 192)), torch.zeros(())
-        alone = in_turns(lambda: layers[0]._record(routed, None, loss), 8 * rounds)
-    watch(True)
-    started = time.perf_counter()
-    for _ in range(100):
-        monitor.step(0.1)
-    per_step = (time.perf_counter() - started) / 100
-    added = len(layers) * (alone[True] - alone[False]) + per_step
+        record = in_turns(lambda: layers[0]._record(routed, None, loss), 8 * rounds)
+    watch("watched")
+    per_step = Turns({"step": lambda: monitor.step(0.1)}, rounds=100).run().mean()["step"]
+    added = len(layers) * (record["watched"] - record["alone"]) + per_step
     figures = {
-        "step_ms": 1000 * steps[False],
-        "step_ms_monitored": 1000 * steps[True],
+        "step_ms": 1000 * steps["alone"],
+        "step_ms_monitored": 1000 * steps["watched"],
         "added_us": 1e6 * added,
-        "added_share": added / steps[False],
+        "added_share": added / steps["alone"],
     }
     benchmark.extra_info["monitor"] = figures
     if not benchmark.disabled:
-        keep("monitor", figures)
+        keep(RESULTS, machine(), "monitor", figures)
         print(f"\nmonitor: {figures}")
-
-
-def keep(name: str, figures) -> None:
-    path = Path(__file__).parent / "results" / "balance.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results["machine"] = {
-        "cpu": cpu_model(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    results[name] = figures
-    path.write_text(json.dumps(results, indent=1) + "\n")

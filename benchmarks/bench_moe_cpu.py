@@ -3,34 +3,46 @@
 `make bench-cpu` keeps every row in benchmarks/results/moe_cpu-<CPU model>.json and .png.
 Peers that are not installed are left out (zentorch is no dependency of ours: pip install it beside
 torch).
-Each row's rounds go through all competitors one after the other, so that a noisy machine is noisy
-for all of them; the best round of each counts.
+The outputs of all competitors are compared before; the best round of each counts.
 """
 
-import copy
 import dataclasses
 import gc
-import json
-import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import ceilings
 import pytest
 import torch
-from conftest import cpu_model
-from moe_peers import PEERS, Inputs, Work, forget, forward, train_step
+from harness.ceilings import Ceilings
+from harness.device import Device, in_own_process
+from harness.figures import draw_bars
+from harness.peers import PEERS, UNLIKE, call_of, forget
+from harness.results import (
+    cpu_model,
+    faster_than,
+    keep_row,
+    machine,
+    milliseconds,
+    path_of,
+    per_second,
+    say,
+)
+from harness.timing import Agreement, Turns
+from harness.work import MODELS, Inputs, Work
 
 import moe_ext
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SECONDS = 3.0  # of a row
+DEVICE = Device()
+CEILINGS = Ceilings(DEVICE)
 WIDE = ["moe_ext", "grouped_mm", "zentorch", "dense", "reference", "eager", "batched_mm"]
 CLOSE = ["moe_ext", "grouped_mm", "zentorch", "dense"]
 
-BIG = [Work(2048, 768, 128, 8, 1024), Work(2048, 1024, 64, 8, 512), Work(1024, 3584, 8, 2, 1024)]
+BIG = [
+    Work(*MODELS["Qwen3-30B-A3B"], 1024),
+    Work(*MODELS["OLMoE"], 512),
+    Work(1024, 3584, 8, 2, 1024),
+]
 FORWARD = [
     *[dataclasses.replace(work, dtype=dtype) for dtype in (BF16, FP32) for work in BIG],
     dataclasses.replace(BIG[1], skew=True),
@@ -57,152 +69,114 @@ ABLATION = [Work(1024, 1024, 8, 2, 1024, dtype) for dtype in (BF16, FP32)]
 ISAS = ["generic", "avx2", "avx512", "avx512_bf16"]
 
 
-def shrink(work: Work) -> Work:
-    """The same kind of work in no time, for --benchmark-disable."""
-    return dataclasses.replace(work, H=64, I=32, E=8, K=2, T=min(work.T, 16))
-
-
-def take_turns(benchmark, calls: dict, ceiling) -> tuple[dict, float]:
-    """Best seconds of every call and the best of the ceiling, all in turns; ours by benchmark."""
-    best = {}
-    for name, call in calls.items():
-        start = time.perf_counter()
-        call()
-        best[name] = time.perf_counter() - start
-    if benchmark.disabled:
-        benchmark(calls["moe_ext"])
-        return best, float("nan")
-    rounds = max(3, min(2000, int(SECONDS / sum(best.values()))))
-    best = dict.fromkeys(calls, float("inf"))
-    peak = [0.0]
-    turns = [0]
-
-    def others():
-        turns[0] += 1
-        if turns[0] % max(1, rounds // 30) == 0:
-            peak[0] = max(peak[0], ceiling())
-        for name, call in calls.items():
-            if name != "moe_ext":
-                start = time.perf_counter()
-                call()
-                best[name] = min(best[name], time.perf_counter() - start)
-
-    benchmark.pedantic(calls["moe_ext"], setup=others, rounds=rounds, warmup_rounds=1)
-    best["moe_ext"] = benchmark.stats.stats.min
-    return best, max(peak[0], ceiling())
-
-
-def report(benchmark, kind: str, work: Work, best: dict, peak: float, *, flops=0, moved=0):
+def report(benchmark, kind: str, work: Work, turns: Turns, *, flops=0, moved=0):
     """A row: work per second, in multiply-adds' flops or in bytes moved, beside its ceiling."""
     unit, share = ("gflops", "of_ceiling") if flops else ("gbytes_per_s", "of_read_ceiling")
-    ours = best["moe_ext"]
+    best = turns.best()
+    rates = per_second(flops or moved, best, 1e9)
     row = {
         "kind": kind,
         "work": str(work),
-        "best_ms": {name: t * 1e3 for name, t in best.items()},
-        unit: {name: (flops or moved) / t / 1e9 for name, t in best.items()},
-        f"ceiling_{unit}": peak / 1e9,
-        share: (flops or moved) / ours / peak,
-        "faster_than": {name: t / ours for name, t in best.items() if name != "moe_ext"},
+        "best_ms": milliseconds(best),
+        unit: rates,
+        f"ceiling_{unit}": turns.peak / 1e9,
+        share: rates["moe_ext"] * 1e9 / turns.peak,
+        "faster_than": faster_than(best),
     }
     benchmark.extra_info.update(row)
     if not benchmark.disabled:
         keep(row)
-        versus = "  ".join(f"{n} {x:.2f}x" for n, x in row["faster_than"].items())
-        print(
-            f"\n{kind:9} {work!s:38} {ours * 1e3:9.3f} ms {row[unit]['moe_ext']:6.1f} {unit} "
-            f"= {row[share]:.2f} of ceiling | {versus}"
-        )
+        print()
+        say(f"{kind:9} {work}", best, rates, unit, turns.peak / 1e9)
 
 
-def compare(benchmark, kind: str, work: Work, peers: list[str]):
+def compare(benchmark, take_turns, kind: str, work: Work, peers: list[str]):
     if benchmark.disabled:
-        work = shrink(work)
-    train = kind == "train"
-    x = Inputs.make(work, train)
-    make = train_step if train else forward
-    calls = {p: make(p, work, copy.copy(x)) for p in peers if p in PEERS}
-    best, peak = take_turns(benchmark, calls, lambda: ceilings.flops_per_second(work.dtype))
-    report(benchmark, kind, work, best, peak, flops=work.flops * (3 if train else 1))
+        work = work.smoke()
+    x = Inputs.make(work, kind == "train")
+    calls = {p: call_of(kind, PEERS[p](work, x)) for p in peers if p in PEERS}
+    turns = in_turns(take_turns, calls, work)
+    report(benchmark, kind, work, turns, flops=work.flops(kind))
+
+
+def in_turns(take_turns, calls: dict, work: Work, **options) -> Turns:
+    ceiling = lambda: CEILINGS.flops_per_second(work.dtype)  # noqa: E731
+    options = {"ceiling": ceiling, "agreement": Agreement(work.dtype, UNLIKE)} | options
+    return take_turns(calls, seconds=SECONDS, **options)
 
 
 @pytest.mark.parametrize("work", FORWARD, ids=str)
-def test_forward(benchmark, work):
+def test_forward(benchmark, take_turns, work):
     # batched_mm copies an expert's weights for every row: only where that is possible at all.
     peers = WIDE if work.T * work.K <= 64 else [p for p in WIDE if p != "batched_mm"]
-    compare(benchmark, "forward", work, peers if work in BIG or work.T <= 64 else CLOSE)
+    compare(benchmark, take_turns, "forward", work, peers if work in BIG or work.T <= 64 else CLOSE)
 
 
 @pytest.mark.parametrize("work", TRAIN, ids=str)
-def test_train(benchmark, work):
+def test_train(benchmark, take_turns, work):
     peers = [p for p in CLOSE if p != "zentorch"]  # which has no backward
     if work.E == 8 and work.dtype != FP16:  # with many experts eager takes minutes
         peers += ["reference", "eager"]
-    if work.dtype == FP16 and work.flops > 1e10:  # at which torch takes minutes
+    if work.dtype == FP16 and work.flops() > 1e10:  # at which torch takes minutes
         peers = ["moe_ext"]
-    compare(benchmark, "train", work, peers)
+    compare(benchmark, take_turns, "train", work, peers)
 
 
 @pytest.mark.parametrize("kind", ["forward", "train"])
 @pytest.mark.parametrize("work", SMALL, ids=str)
-def test_small(benchmark, work, kind):
-    compare(benchmark, kind, work, [p for p in WIDE if kind == "forward" or p != "zentorch"])
+def test_small(benchmark, take_turns, work, kind):
+    compare(
+        benchmark, take_turns, kind, work, [p for p in WIDE if kind == "forward" or p != "zentorch"]
+    )
 
 
 @pytest.mark.parametrize("name", list(DECODE))
-def test_decode(benchmark, name):
+def test_decode(benchmark, take_turns, name):
     """A layer after the other, as a model does, so that no cache holds the weights; or just one."""
     work, layers = DECODE[name]
     if benchmark.disabled:
-        work = shrink(work)
+        work = work.smoke()
     inputs = [Inputs.make(work, train=False) for _ in range(layers)]
     for layer, x in enumerate(inputs):
         torch.manual_seed(layer)
         x.ids = work.ids()
     peers = [p for p in CLOSE if p in PEERS and p != "dense"]
-    each = {p: [forward(p, work, copy.copy(x)) for x in inputs] for p in peers}
+    each = {p: [call_of("forward", PEERS[p](work, x)) for x in inputs] for p in peers}
     calls = {p: (lambda layers=layers: [call() for call in layers]) for p, layers in each.items()}
-    best, peak = take_turns(benchmark, calls, ceilings.read_bytes_per_second)
+    turns = in_turns(take_turns, calls, work, ceiling=CEILINGS.bytes_per_second)
     moved = sum(work.active_bytes(x.ids) for x in inputs)
-    report(benchmark, f"decode {name}", work, best, peak, moved=moved)
+    report(benchmark, f"decode {name}", work, turns, moved=moved)
 
 
 @pytest.mark.parametrize("kind", ["forward", "train"])
 @pytest.mark.parametrize("work", ABLATION, ids=str)
-def test_ablation(benchmark, work, kind):
+def test_ablation(benchmark, take_turns, work, kind):
     """What each step brings: instruction sets, and fusing."""
     if benchmark.disabled:
-        work = shrink(work)
+        work = work.smoke()
     x = Inputs.make(work, kind == "train")
-    make = train_step if kind == "train" else forward
-    ours = make("moe_ext", work, copy.copy(x))
+    ours, unfused = (call_of(kind, PEERS[p](work, x)) for p in ("moe_ext", "unfused"))
     chosen = moe_ext.cpu_isa()
+    slower = ISAS[: ISAS.index(chosen)]
+    calls = {"moe_ext": ours, "unfused": unfused, **dict.fromkeys(slower, ours)}
 
-    def on(isa):
-        def call():
-            moe_ext.set_cpu_isa(isa)
-            ours()
-            moe_ext.set_cpu_isa(chosen)
+    def choose(name):
+        moe_ext.set_cpu_isa(name if name in slower else chosen)
 
-        return call
-
-    calls = {"moe_ext": ours, "unfused": make("unfused", work, copy.copy(x))}
-    calls.update({isa: on(isa) for isa in ISAS[: ISAS.index(chosen)]})
-    best, peak = take_turns(benchmark, calls, lambda: ceilings.flops_per_second(work.dtype))
-    flops = work.flops * (3 if kind == "train" else 1)
-    report(benchmark, f"ablation {kind}", work, best, peak, flops=flops)
+    try:
+        turns = in_turns(take_turns, calls, work, before=choose)
+    finally:
+        moe_ext.set_cpu_isa(chosen)
+    report(benchmark, f"ablation {kind}", work, turns, flops=work.flops(kind))
 
 
 def test_peak_memory(benchmark):
-    work = BIG[0] if not benchmark.disabled else shrink(BIG[0])
-    sizes = [str(size) for size in (work.H, work.I, work.E, work.K, work.T)]
-    script = str(Path(__file__).with_name("peak_memory.py"))
+    work = BIG[0] if not benchmark.disabled else BIG[0].smoke()
+    script = Path(__file__).with_name("peak_memory.py")
 
     def measure(peer):
-        command = [sys.executable, script, peer, *sizes]
         # Without make's allocator settings: what is freed is to be gone.
-        result = subprocess.run(command, env={}, check=True, capture_output=True, text=True)
-        return float(result.stdout)
+        return in_own_process(script, peer, work.H, work.I, work.E, work.K, work.T, env={})
 
     peers = [p for p in ("moe_ext", "grouped_mm") if p in PEERS]
     mib = benchmark.pedantic(lambda: {peer: measure(peer) for peer in peers}, rounds=1)
@@ -220,49 +194,21 @@ def _forget():
 
 
 def keep(row: dict) -> None:
-    """Puts the row in the results of this CPU model, in place of the same row of an earlier run."""
-    slug = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
-    path = Path(__file__).parent / "results" / f"moe_cpu-{slug}.json"
-    machine = {
-        "cpu": cpu_model(),
-        "instruction_set": moe_ext.cpu_isa(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "peers": sorted(PEERS),
-    }
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    key = (row["kind"], row["work"])
-    rows = [old for old in rows if (old["kind"], old["work"]) != key] + [row]
-    rows.sort(key=lambda row: (row["kind"], row["work"]))
-    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    draw(machine, rows, path.with_suffix(".png"))
-
-
-def draw(machine: dict, rows: list[dict], path: Path) -> None:
-    """Share of the ceiling of every competitor, for the rows with one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Puts the row into this CPU model's results, and draws every contender's share of the
+    ceiling, for the rows with one."""
+    path = path_of("moe_cpu", cpu_model())
+    facts = machine() | {"peers": sorted(PEERS)}
+    rows = keep_row(path, facts, row, ("kind", "work"))
     drawn = [r for r in rows if "ceiling_gflops" in r and not r["kind"].startswith("ablation")]
     drawn = [r for r in drawn if r["of_ceiling"] > 0.2]
     names = [n for n in ("moe_ext", "zentorch", "grouped_mm", "dense") if n in PEERS]
-    figure, axes = plt.subplots(figsize=(9, 0.42 * len(drawn) + 1.2), layout="constrained")
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        places = [y + (i - len(names) / 2 + 0.5) * height for y in range(len(drawn))]
-        shares = [r["gflops"].get(name, 0) / r["ceiling_gflops"] for r in drawn]
-        axes.barh(places, shares, height, label=name)
-    axes.set_yticks(range(len(drawn)), [f"{r['kind']} {r['work']}" for r in drawn], fontsize=7)
-    axes.set_ylim(len(drawn) - 0.5, -0.5)
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("share of the measured multiply-add ceiling")
-    axes.set_title(
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, "
-        f"torch {machine['torch']}",
-        fontsize=9,
-    )
-    figure.legend(fontsize=8, loc="outside lower center", ncols=len(names))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    if drawn:
+        draw_bars(
+            path.with_suffix(".png"),
+            [f"{r['kind']} {r['work']}" for r in drawn],
+            {n: [r["gflops"].get(n, 0) / r["ceiling_gflops"] for r in drawn] for n in names},
+            title=f"{facts['cpu']}, {facts['threads']} threads, {facts['instruction_set']}, "
+            f"torch {facts['torch']}",
+            unit="share of the measured multiply-add ceiling",
+            limit=1,
+        )

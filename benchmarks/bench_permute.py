@@ -11,13 +11,13 @@ IMPLEMENTATIONS = {"moe_ext": moe_ext, "reference": reference}
 
 @pytest.mark.parametrize("name", list(IMPLEMENTATIONS))
 @pytest.mark.parametrize("T,H,E,K", [(4096, 512, 64, 4)])
-def test_permute_unpermute(run, name, T, H, E, K):
-    module = IMPLEMENTATIONS[name]
+def test_permute_unpermute(take_turns, name, T, H, E, K):
     tokens = torch.randn(T, H)
     weights, ids, _ = moe_ext.topk_router(torch.randn(T, E), K)
 
-    def there_and_back():
+    def there_and_back(module):
         rows, row_map, _ = module.permute(tokens, ids, E)
         return module.unpermute(rows, row_map, weights)
 
-    run(there_and_back, bytes_moved=4 * T * H * (1 + K + K + 1))
+    calls = {n: (lambda m=module: there_and_back(m)) for n, module in IMPLEMENTATIONS.items()}
+    take_turns(calls, name, bytes_moved=4 * T * H * (1 + K + K + 1))

@@ -7,10 +7,9 @@ is the process's.
 """
 
 import sys
-from pathlib import Path
 
 import torch
-from peak_memory import status
+from harness.device import Device
 
 import moe_ext
 from moe_ext import reference
@@ -38,10 +37,7 @@ def peak_mib(loss: str, peer: str, T: int, E: int) -> float:
     function, leaf = make_loss(loss, peer, torch.randn(64, E, requires_grad=True))
     torch.autograd.grad(function(), leaf)  # what libraries set up on their first call
     function, leaf = make_loss(loss, peer, torch.randn(T, E, requires_grad=True))
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
-    torch.autograd.grad(function(), leaf)
-    return (status("VmHWM") - before) / 2**20
+    return Device().peak_bytes(lambda: torch.autograd.grad(function(), leaf)) / 2**20
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""How to time a call and count its memory, on a CPU or a GPU."""
+
+import gc
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+class Device:
+    def __init__(self, name: str = "cpu"):
+        self.name = name
+        self.is_cuda = name == "cuda"
+        self._scratch = torch.zeros(2**26 if self.is_cuda else 1, device=name)  # 256 MiB
+
+    def seconds(self, call: Callable) -> float:
+        """Of one call; its result is freed after that. A GPU's by events, with nothing of it in
+        the L2 cache."""
+        if not self.is_cuda:
+            start = time.perf_counter()
+            _alive = call()
+            return time.perf_counter() - start
+        self._scratch.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        _alive = call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def peak_bytes(self, call: Callable) -> int:
+        """What a call has at most beyond what is there before it, its result included. The peak
+        of a CPU is the process's (Linux): exact only in a process that has done little else."""
+        if not self.is_cuda:
+            before = _status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+            _alive = call()
+            return _status("VmHWM") - before
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _alive = call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def kept_bytes(self, forward: Callable) -> int:
+        """What a forward keeps for backward, its output aside; 0 for a CPU, which cannot tell."""
+        if not self.is_cuda:
+            return 0
+        before = torch.cuda.memory_allocated()
+        out = forward()
+        return torch.cuda.memory_allocated() - before - out.nbytes
+
+    def release(self) -> None:
+        """Gives back the memory of what is gone."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def in_own_process(script: Path, *arguments, env: dict | None = None) -> float:
+    """The number that a script prints."""
+    command = [sys.executable, str(script), *map(str, arguments)]
+    result = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True, text=True)
+    return float(result.stdout)
