@@ -33,8 +33,7 @@ import moe_ext
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SECONDS = 3.0  # of a row
-DEVICE = Device()
-CEILINGS = Ceilings(DEVICE)
+CEILINGS = Ceilings(Device())
 WIDE = ["moe_ext", "grouped_mm", "zentorch", "dense", "reference", "eager", "batched_mm"]
 CLOSE = ["moe_ext", "grouped_mm", "zentorch", "dense"]
 

@@ -9,7 +9,8 @@ Every row is kept in benchmarks/results/moe_cuda-<GPU>.json and drawn beside it.
 through all competitors one after the other; each call is timed by CUDA events after the L2 cache
 was filled with something else, on one of several inputs in turn; the median counts. Numbers are
 random: matrix products of zeros are faster. A competitor that runs out of memory is left out of its
-row. Under Nsight Systems the operators' names are there by `--profile nvtx`.
+row; a row whose outputs disagree is not kept, and fails the run. Ctrl-C loses the row it meets.
+Under Nsight Systems the operators' names are there by `--profile nvtx`.
 
     python benchmarks/bench_moe_cuda.py --device cpu --smoke   tries the script, keeps nothing
 """
@@ -80,12 +81,13 @@ def compare(device: Device, kind: str, model: str, work: Work, smoke: bool) -> d
             calls[name] = [call_of(kind, PEERS[name](work, x)) for x in inputs]
         except torch.cuda.OutOfMemoryError:
             print(f"  {name}: out of memory")
+    ceilings = Ceilings(device)
     turns = Turns(
         calls,
         device,
         rounds=1 if smoke else None,
         agreement=Agreement(work.dtype, UNLIKE),
-        ceiling=lambda: Ceilings(device).flops_per_second(work.dtype),
+        ceiling=lambda: ceilings.flops_per_second(work.dtype),
     ).run()
     seconds = turns.median()
     tflops = per_second(work.flops(kind), seconds, 1e12)
@@ -238,6 +240,23 @@ def keep(facts: dict, row: dict) -> None:
         )
 
 
+def measure(device: Device, facts: dict, kind: str, model: str, work: Work, smoke: bool) -> bool:
+    """A row, kept if it is no smoke; False for one whose competitors disagree."""
+    try:
+        row = run_row(device, kind, model, work, smoke)
+    except torch.cuda.OutOfMemoryError:
+        print(f"{kind} {model} {work}: out of memory")
+    except Disagreement as error:
+        print(f"{kind} {model} {work}: {error}")
+        return False
+    else:
+        if not smoke:
+            keep(facts, row)
+    finally:
+        device.release()
+    return True
+
+
 def profile(device: Device, path: str, work: Work) -> None:
     """A train step of a layer: the operators by name, and the kernels below them."""
     torch.manual_seed(0)
@@ -292,25 +311,8 @@ def main() -> None:
         for row in track(rows, disable=options.smoke):
             failed |= not measure(device, facts, *row, options.smoke)
     except KeyboardInterrupt:
-        sys.exit("stopped; the rows above are kept")
+        sys.exit("stopped")
     sys.exit(failed)
-
-
-def measure(device: Device, facts: dict, kind: str, model: str, work: Work, smoke: bool) -> bool:
-    """A row, kept if it is no smoke; False for one whose competitors disagree."""
-    try:
-        row = run_row(device, kind, model, work, smoke)
-    except torch.cuda.OutOfMemoryError:
-        print(f"{kind} {model} {work}: out of memory")
-    except Disagreement as error:
-        print(f"{kind} {model} {work}: {error}")
-        return False
-    else:
-        if not smoke:
-            keep(facts, row)
-    finally:
-        device.release()
-    return True
 
 
 if __name__ == "__main__":

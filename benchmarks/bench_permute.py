@@ -2,14 +2,12 @@
 
 import pytest
 import torch
+from harness.peers import MODULES
 
 import moe_ext
-from moe_ext import reference
-
-IMPLEMENTATIONS = {"moe_ext": moe_ext, "reference": reference}
 
 
-@pytest.mark.parametrize("name", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize("name", list(MODULES))
 @pytest.mark.parametrize("T,H,E,K", [(4096, 512, 64, 4)])
 def test_permute_unpermute(take_turns, name, T, H, E, K):
     tokens = torch.randn(T, H)
@@ -19,5 +17,5 @@ def test_permute_unpermute(take_turns, name, T, H, E, K):
         rows, row_map, _ = module.permute(tokens, ids, E)
         return module.unpermute(rows, row_map, weights)
 
-    calls = {n: (lambda m=module: there_and_back(m)) for n, module in IMPLEMENTATIONS.items()}
+    calls = {n: (lambda m=module: there_and_back(m)) for n, module in MODULES.items()}
     take_turns(calls, name, bytes_moved=4 * T * H * (1 + K + K + 1))

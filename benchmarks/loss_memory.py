@@ -10,9 +10,9 @@ import sys
 
 import torch
 from harness.device import Device
+from harness.peers import MODULES
 
 import moe_ext
-from moe_ext import reference
 
 PEERS = {"balance": ("moe_ext", "reference", "transformers"), "z": ("moe_ext", "reference")}
 K = 8
@@ -25,7 +25,7 @@ def make_loss(loss: str, peer: str, logits: torch.Tensor):
 
         # It takes the logits, and chooses again.
         return lambda: load_balancing_loss_func((logits,), logits.shape[1], K), logits
-    module = {"moe_ext": moe_ext, "reference": reference}[peer]
+    module = MODULES[peer]
     if loss == "z":
         return lambda: module.router_z_loss(logits), logits
     _, ids, probs = moe_ext.topk_router(logits.detach(), K)

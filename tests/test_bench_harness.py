@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from harness import results
+from harness.device import Device
 from harness.peers import PEERS, UNLIKE, call_of
 from harness.timing import Agreement, Disagreement, Turns
 from harness.work import Inputs, Work
@@ -19,7 +20,7 @@ WORK = Work(H=32, I=16, E=4, K=2, T=24, dtype=torch.float32)
 
 
 class Clock:
-    """A device on which the n-th call takes n seconds; the result lives until the clock stops."""
+    """A device on which the n-th call takes n seconds."""
 
     def __init__(self):
         self.ticks = itertools.count(1)
@@ -43,6 +44,18 @@ def test_contenders_take_turns_on_all_their_inputs():
     assert turns.times == {"a": [3.0, 5.0, 7.0], "b": [4.0, 6.0, 8.0]}
     assert turns.best() == {"a": 3.0, "b": 4.0}
     assert turns.median() == turns.mean() == {"a": 5.0, "b": 6.0}
+
+
+def test_a_result_is_freed_after_the_clock_stops(monkeypatch):
+    events = []
+    monkeypatch.setattr("time.perf_counter", lambda: events.append("clock") or 0.0)
+
+    class Result:
+        def __del__(self):
+            events.append("freed")
+
+    Device().seconds(Result)
+    assert events == ["clock", "clock", "freed"]
 
 
 def test_rounds_fill_the_seconds():

@@ -28,6 +28,9 @@ except ImportError:
     zentorch = None
 
 
+MODULES = {"moe_ext": moe_ext, "reference": reference}  # they have the same functions
+
+
 @dataclass
 class Layer:
     """A forward of nothing, the leaves to differentiate it by, and its output's gradient."""
