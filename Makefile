@@ -127,7 +127,7 @@ test-sanitized: setup
 
 $(SANITIZED)/_C.so: $(SANITIZED_OBJECTS) build/sanitized/flags
 	@mkdir -p $(SANITIZED)
-	@ln -sf $(CURDIR)/moe_ext/*.py $(CURDIR)/moe_ext/integrations $(SANITIZED)
+	@ln -sf $(CURDIR)/moe_ext/*.py $(addprefix $(CURDIR)/moe_ext/,integrations monitor routers) $(SANITIZED)
 	@c++ -shared $(SANITIZE) -fopenmp $(SANITIZED_OBJECTS) $$(tail -1 build/sanitized/flags) -o $@
 
 # What torch wants of a compiler and of a linker, a line each.

@@ -155,7 +155,8 @@ class MoE(HasAuxLoss):
         init_std: standard deviation of all weights at initialization.
 
     Raises:
-        ValueError for options, RuntimeError for shapes and dtypes.
+        ValueError: for options.
+        RuntimeError: for shapes and dtypes.
     """
 
     def __init__(

@@ -86,8 +86,8 @@ def topk_router(
             its best two (sigmoid, DeepSeek-V3), bias included.
 
     Returns:
-        topk_weights [T, K], topk_ids [T, K] int64 by descending score (ties: the lower id; NaN
-        last), router_probs [T, E] (softmax, or sigmoid scores divided by their sum over E).
+        topk_weights [T, K], topk_ids [T, K] int64 by descending score (the lower id of equal ones;
+        NaN last), router_probs [T, E] (softmax, or sigmoid scores divided by their sum over E).
         Weights and probabilities are float32, float64 for float64 logits. A NaN among a token's
         logits makes its weights NaN.
     """

@@ -79,6 +79,13 @@ def test_python_runs(page, in_folder):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_files_exist(page):
+    named = re.findall(r"`((?:csrc|moe_ext|tests|benchmarks|examples|docs)/[\w./-]+)`", prose(page))
+    # X stands for a name that one chooses.
+    assert not [path for path in named if "X" not in path and not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_commands_exist(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     shell = "\n".join(block.text for block in blocks(page) if block.language == "bash")

@@ -39,11 +39,15 @@ int64_t largest_block(const std::vector<RowBlock>& blocks) {
 
 namespace {
 
-// An expert's weights are packed once per block of tokens, so an expert should have some hundred
-// rows in each; but there should be tasks for many threads, and the sums of a block should stay
-// in the cache.
+// How many blocks T tokens are cut into, each of which is cut into `tasks`.
 int64_t count_blocks(int64_t T, int64_t tasks, int64_t rows_per_expert) {
-  constexpr int64_t kGoodRows = 256, kLeastRows = 64, kTasks = 16, kMostTokens = 8192;
+  // An expert's weights are packed once per block of tokens, which costs as much as about five rows
+  // of their product: 2 % of 256 rows, 8 % of 64.
+  constexpr int64_t kGoodRows = 256, kLeastRows = 64;
+  // Tasks for all threads of a small machine, and more than one for each.
+  constexpr int64_t kTasks = 16;
+  // Sums of 8192 x 64 floats are 2 MiB, which the last cache keeps for every thread.
+  constexpr int64_t kMostTokens = 8192;
   const int64_t wanted = std::max(rows_per_expert / kGoodRows, ceil_div(kTasks, tasks));
   const int64_t most = std::max<int64_t>(rows_per_expert / kLeastRows, 1);
   return std::max({std::min(wanted, most), ceil_div(T, kMostTokens), int64_t{1}});
@@ -94,8 +98,11 @@ Job col_job(int64_t count, int64_t cols, const Fn& fn) {
 
 int64_t blocks_per_task(
     const kernels::Weights& weights, int64_t N, int64_t element_size, int64_t rows) {
+  // Bytes. The hardware's prefetching stops at the end of a page, which four such rows fill:
+  // reading 128 bytes of each waits for every one of them.
+  constexpr int64_t kFar = 1024;
   // With many rows the weights are read seldom, and the sums of the blocks need the cache.
-  constexpr int64_t kFar = 1024, kFewRows = 192;
+  constexpr int64_t kFewRows = 192;
   const bool far_rows = weights.k_stride != 1 && weights.k_stride * element_size >= kFar;
   const bool wide = N >= kernels::kMaxNBlocks * kernels::kBlockN;
   return far_rows && wide && rows < kFewRows ? kernels::kMaxNBlocks : 1;

@@ -11,6 +11,7 @@
 namespace moe_ext::cpu {
 namespace {
 
+// Tens of microseconds of work, and enough tasks for many threads.
 constexpr int64_t kTokensPerTask = 64;
 
 // logits: contiguous, in the compute dtype.

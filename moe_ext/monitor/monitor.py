@@ -74,9 +74,11 @@ class Monitor:
     rank R, where it writes, to `monitor.rankR.jsonl` beside `monitor.jsonl` and so on.
 
     Raises:
-        ValueError for options, or if the model has no such layer or another monitor watches it;
-        TypeError for an optimizer that is none; OSError if path cannot be written. Nothing is left
-        on the model then, and path is as it was.
+        ValueError: for options, or if the model has no such layer or another monitor watches it.
+        TypeError: for an optimizer that is none.
+        OSError: if path cannot be written.
+
+    Nothing is left on the model then, and path is as it was.
     """
 
     def __init__(

@@ -15,9 +15,9 @@ class HierarchicalRouter(TopKRouter):
     router_probs [T, E] are these products for all experts; router_logits, which the z-loss sees,
     the sums of both levels' logits.
 
-    Args: num_groups must divide num_experts, topk_groups must divide top_k; renormalize: divide
-        the K weights by their sum; the others as for `TopKRouter`, except score_function and
-        bias_update_rate, which it has not.
+    num_groups must divide num_experts, and topk_groups must divide top_k. renormalize divides the K
+    weights by their sum. The other arguments are those of `TopKRouter`, but for score_function and
+    bias_update_rate, which it has not.
 
     Parameters: weight [E, H], group_weight [num_groups, H].
     """

@@ -24,7 +24,7 @@ class TopKRouter(HasBalance):
         bias_update_rate: None, or the step of `update_expert_bias`: balance by a bias that is
             added to the scores for the choice only (arXiv 2408.15664).
         capacity_factor, eval_capacity_factor: None, or an expert keeps at most ceil(factor * T K /
-            E) slots in training, in evaluation. What it drops, gets id -1 and weight 0; the weights
+            E) slots in training, in evaluation. A dropped slot gets id -1 and weight 0; the weights
             that are left are not renormalized.
         min_capacity: the least capacity.
         drop_policy: "probs": an expert keeps its highest weights; "position": its earliest tokens,

@@ -41,7 +41,7 @@ class Best {
   }
 
  private:
-  static constexpr int64_t kSlack = 64;
+  static constexpr int64_t kSlack = 64;  // so that few keys are not partitioned again and again
   static constexpr T kHighest = std::numeric_limits<T>::infinity();
 
   struct Item {
