@@ -47,8 +47,7 @@ bool torch_serves(const at::Tensor& rows, int64_t num_experts) {
 }
 
 // With so few rows the time is that of reading weights. Estimated, not measured: at 2 rows each
-// the multiply-adds of a weight hide behind reading it. (benchmarks/bench_moe_cuda.py --only
-// decode)
+// the multiply-adds of a weight hide behind reading it. [decode rows of bench_moe_cuda.py]
 bool are_few(int64_t rows, int64_t num_experts) {
   return rows <= std::max<int64_t>(64, 2 * num_experts);
 }

@@ -8,12 +8,8 @@
 #include <memory>
 #include <thread>
 
-#include "common/token_rounding.h"
-#include "cpu/kernels/aux_loss.h"
-#include "cpu/kernels/capacity.h"
 #include "cpu/kernels/kernels.h"
-#include "cpu/kernels/pairs.h"
-#include "cpu/kernels/plan.h"
+#include "plain_tests.h"
 #include "shared_tests.h"
 
 using namespace harness;
@@ -365,244 +361,13 @@ void test_activations() {
   }
 }
 
-// The choices of capacity, token rounding and expert choice, against sorts.
-void test_selection(int64_t num_slots, int64_t E, int64_t M, std::mt19937& random) {
-  const auto fail = [&](const char* what) {
-    expect(false, describe("selection", "slots", num_slots, "E", E) + ": " + what);
-  };
-  std::vector<int64_t> ids(num_slots);
-  std::vector<float> keys(num_slots);
-  for (int64_t s = 0; s < num_slots; ++s) {
-    ids[s] = static_cast<int64_t>(random() % (E + 2)) - 1;
-    keys[s] = random() % 9 == 0 ? NAN : static_cast<float>(random() % 5);  // many ties
-  }
-  const SlotsByExpert slots(ids.data(), num_slots, E);
-  std::vector<int64_t> counts(E);
-  for (int64_t e = 0; e < E; ++e) {
-    std::vector<int64_t> expected;
-    for (int64_t s = 0; s < num_slots; ++s) {
-      if (ids[s] == e) expected.push_back(s);
-    }
-    counts[e] = slots.count(e);
-    if (counts[e] != static_cast<int64_t>(expected.size())) fail("count");
-    for (const int64_t kept : {int64_t{0}, int64_t{1}, counts[e] / 2, counts[e] + 1}) {
-      if (slots.best(e, keys.data(), kept) != oracle::best(expected, keys.data(), kept)) {
-        fail("best");
-      }
-    }
-  }
-  using moe_ext::Rounding;
-  std::vector<double> noise(E, 0.5);
-  std::vector<int64_t> rounded(E);
-  for (const Rounding rounding :
-       {Rounding::kNearest, Rounding::kUp, Rounding::kDown, Rounding::kStochastic,
-        Rounding::kBalanced}) {
-    for (int64_t e = 0; e < E; ++e) {
-      rounded[e] =
-          moe_ext::round_count(counts.data(), e, E, M, num_slots / 2, rounding, noise.data());
-      if (rounded[e] % M != 0 || rounded[e] > num_slots / 2) fail("rounding");
-      if (counts[e] <= num_slots / 2 / M * M && std::abs(rounded[e] - counts[e]) >= M) {
-        fail("rounding too far");
-      }
-    }
-  }
-}
-
-// The plan of slots and of pairs, forth and back, against the oracle's; and what is wrong with
-// others.
-void test_plan(int64_t T, int64_t K, int64_t E, shared_tests::IdKind kind, std::mt19937& random) {
-  const int64_t N = T * K, H = 3;
-  const std::string name = describe("plan", "T", T, "K", K, "E", E, "kind", int{kind});
-  const std::vector<int64_t> ids = shared_tests::make_ids(N, E, kind, random);
-  const oracle::Plan expected = oracle::plan(ids, K, E);
-  std::vector<int32_t> row_map(N), offsets(E + 1), slot_of_row(N);
-  make_plan(ids.data(), nullptr, N, E, row_map.data(), offsets.data(), slot_of_row.data());
-  const int64_t used = offsets[E];
-  slot_of_row.resize(used);
-  expect(row_map == expected.row_map, name + ": row_map");
-  for (int64_t r = 0; r < used; ++r) {
-    expect(row_map[slot_of_row[r]] == r, name + ": slot_of_row");
-  }
-  std::vector<int32_t> inverse(N, -1);
-  const auto take = [&](int32_t slot, int32_t row) {
-    return std::exchange(inverse[row], slot) == -1;
-  };
-  int32_t row = 0;
-  const auto invert = [&] {
-    std::fill(inverse.begin(), inverse.end(), -1);
-    return for_slots(row_map.data(), N, N, &row, take);
-  };
-  expect(invert() == RowMapFault::kNone, name + ": its own row_map");
-  expect(std::equal(slot_of_row.begin(), slot_of_row.end(), inverse.begin()), name + ": inverse");
-
-  std::vector<char> tokens(T * H), permuted(N * H, 'x');
-  for (char& byte : tokens) byte = static_cast<char>(random() % 26 + 'a');
-  gather_rows(tokens.data(), row_map.data(), K, H, 0, T, permuted.data());
-  for (int64_t r = 0; r < used; ++r) {
-    const char* token = tokens.data() + slot_of_row[r] / K * H;
-    expect(std::equal(token, token + H, permuted.data() + r * H), name + ": gathered");
-  }
-
-  if (used > 1) {
-    const int64_t first = slot_of_row[0], second = slot_of_row[1];
-    row_map[second] = 0;
-    expect(invert() == RowMapFault::kTwice && row == 0, name + ": a row twice");
-    for (const int64_t outside : {int64_t{-2}, N}) {
-      row_map[first] = static_cast<int32_t>(outside);
-      expect(invert() == RowMapFault::kOutside && row == outside, name + ": a row outside");
-    }
-  }
-  std::vector<int32_t> bad(ids.begin(), ids.end());
-  expect(find_bad_id(bad.data(), N) == N, name + ": no bad id");
-  if (N > 0) bad[N / 2] = -2;
-  expect(find_bad_id(bad.data(), N) == (N > 0 ? N / 2 : 0), name + ": a bad id");
-}
-
-// Pairs in the order of their tokens, the unused ones last.
-void test_order_by_token(int64_t P, int64_t T, std::mt19937& random) {
-  std::vector<int64_t> tokens(P);
-  for (int64_t& token : tokens) token = static_cast<int64_t>(random() % (T + 1)) - 1;
-  std::vector<int32_t> expected(P);
-  for (int64_t p = 0; p < P; ++p) expected[p] = static_cast<int32_t>(p);
-  std::stable_sort(expected.begin(), expected.end(), [&](int32_t a, int32_t b) {
-    return (tokens[a] < 0 ? T : tokens[a]) < (tokens[b] < 0 ? T : tokens[b]);
-  });
-  expect(
-      order_by_token(tokens.data(), P, T) == expected, describe("order_by_token", "P", P, "T", T));
-}
-
-// The best tokens of all experts, line by line; the list that a rounding writes; capacity.
-void test_pairs(int64_t T, int64_t K, int64_t E, std::mt19937& random) {
-  const std::string name = describe("pairs", "T", T, "K", K, "E", E);
-  const std::vector<int64_t> ids =
-      shared_tests::make_ids(T * K, E, shared_tests::kSomeSkipped, random);
-  std::vector<float> probs(T * E);
-  for (float& p : probs) p = random() % 9 == 0 ? NAN : static_cast<float>(random() % 7);
-  std::vector<int64_t> counts(E);
-  for (int64_t& count : counts) count = static_cast<int64_t>(random() % (T + 1));
-  const auto allowed = [&](int64_t t, int64_t e) {
-    return is_routed_elsewhere(ids.data() + t * K, K, E, e);
-  };
-  std::vector<std::vector<int64_t>> tokens(E);
-  for (int64_t first = 0; first < E; first += kExpertsPerLine<float>) {
-    best_tokens(
-        probs.data(), T, E, counts, allowed, first, std::min(first + kExpertsPerLine<float>, E),
-        tokens);
-  }
-  const SlotsByExpert slots(ids.data(), T * K, E);
-  std::vector<float> weights(T * K, 1.0f);
-  int64_t size = 0;
-  for (int64_t e = 0; e < E; ++e) {
-    std::vector<int64_t> may_go;
-    std::vector<float> keys(T);
-    for (int64_t t = 0; t < T; ++t) {
-      keys[t] = probs[t * E + e];
-      bool here = false, somewhere = false;
-      for (int64_t k = 0; k < K; ++k) {
-        here = here || ids[t * K + k] == e;
-        somewhere = somewhere || (ids[t * K + k] >= 0 && ids[t * K + k] < E);
-      }
-      if (somewhere && !here) may_go.push_back(t);
-    }
-    expect(tokens[e] == oracle::best(may_go, keys.data(), counts[e]), name + ": best tokens");
-    size += static_cast<int64_t>(tokens[e].size()) + slots.count(e);
-  }
-
-  std::vector<int64_t> kept(T * K, -1);
-  for (const int64_t room : {size, size + 3, size / 2}) {
-    std::vector<int64_t> pair_tokens(room), pair_experts(room), pair_slots(room);
-    PairWriter pairs{pair_tokens.data(), pair_experts.data(), pair_slots.data(), room};
-    for (int64_t e = 0; e < E; ++e) {
-      write_rounded(e, K, slots.best(e, weights.data(), T * K), tokens[e], pairs, kept.data());
-    }
-    pairs.finish();
-    expect(pairs.used == size, name + ": as many pairs as there are");
-    for (int64_t p = 0; p < room; ++p) {
-      const bool used = p < size;
-      expect((pair_tokens[p] >= 0) == used, name + ": the used pairs come first");
-      if (pair_slots[p] >= 0) {
-        expect(ids[pair_slots[p]] == pair_experts[p], name + ": a slot's expert");
-        expect(pair_slots[p] / K == pair_tokens[p], name + ": a slot's token");
-      }
-      const bool ordered = p == 0 || !used || pair_experts[p] != pair_experts[p - 1] ||
-                           pair_tokens[p] >= pair_tokens[p - 1];
-      expect(ordered, name + ": in the order of the tokens");
-    }
-  }
-  for (int64_t slot = 0; slot < T * K; ++slot) {
-    const int64_t expected = ids[slot] >= 0 && ids[slot] < E ? ids[slot] : -1;
-    expect(kept[slot] == expected, name + ": kept");
-  }
-
-  for (const int64_t capacity : {int64_t{0}, int64_t{2}, T * K}) {
-    std::vector<int64_t> highest(T * K, -1), earliest(T * K, -1), used(E, 0);
-    keep_highest_weights(probs.data(), slots, capacity, 0, E, highest.data());
-    keep_earliest(ids.data(), T, K, E, capacity, earliest.data());
-    for (int64_t e = 0; e < E; ++e) {
-      const int64_t fits = std::min(capacity, slots.count(e));
-      expect(std::count(highest.begin(), highest.end(), e) == fits, name + ": capacity by weight");
-      expect(std::count(earliest.begin(), earliest.end(), e) == fits, name + ": capacity by place");
-    }
-    for (int64_t k = 0; k < K; ++k) {
-      for (int64_t slot = k; slot < T * K; slot += K) {
-        const int64_t e = ids[slot];
-        if (e < 0 || e >= E) continue;
-        expect((earliest[slot] == e) == (used[e]++ < capacity), name + ": the earliest stay");
-      }
-    }
-  }
-}
-
-// Counts, entropies and a row of gradients over masked tokens.
-void test_counts(int64_t T, int64_t K, int64_t E, std::mt19937& random) {
-  const std::string name = describe("counts", "T", T, "K", K, "E", E);
-  std::vector<int64_t> ids = shared_tests::make_ids(T * K, E, shared_tests::kSomeSkipped, random);
-  std::vector<double> probs(T * E);
-  for (double& p : probs) p = random() % 5 == 0 ? 0 : static_cast<double>(random() % 100 + 1) / 100;
-  std::unique_ptr<bool[]> mask(new bool[T]);
-  for (int64_t t = 0; t < T; ++t) mask[t] = random() % 3 != 0;
-  for (const bool* tokens :
-       {static_cast<const bool*>(nullptr), static_cast<const bool*>(mask.get())}) {
-    std::vector<int64_t> counts(E), expected(E);
-    double entropy = 0;
-    int64_t unmasked = 0;
-    for (int64_t t = 0; t < T; ++t) {
-      if (tokens && !tokens[t]) continue;
-      ++unmasked;
-      for (int64_t k = 0; k < K; ++k) {
-        const int64_t id = ids[t * K + k];
-        if (id >= 0 && id < E) ++expected[id];
-      }
-      for (int64_t e = 0; e < E; ++e) {
-        const double p = probs[t * E + e];
-        if (p > 0) entropy -= p * std::log(p);
-      }
-    }
-    expect(
-        count_choices(ids.data(), tokens, 0, T, K, E, counts.data()) == T * K && counts == expected,
-        name + ": choices");
-    expect(count_unmasked(tokens, T) == unmasked, name + ": unmasked");
-    const double found = sum_entropies(probs.data(), E, tokens, 0, T);
-    expect(std::fabs(found - entropy) <= 1e-12 * std::fabs(entropy), name + ": entropy");
-    std::vector<double> grad(T * E);
-    spread_grad_row(0.5, probs.data(), tokens, T, E, 0, T, grad.data());
-    for (int64_t i = 0; i < T * E; ++i) {
-      const bool counts_here = !tokens || tokens[i / E];
-      expect(grad[i] == (counts_here ? 0.5 * probs[i % E] : 0), name + ": spread");
-    }
-  }
-  if (T > 1 && K > 0) {
-    ids[K] = -2;
-    mask[1] = true;
-    std::vector<int64_t> counts(E);
-    expect(
-        count_choices(ids.data(), mask.get(), 0, T, K, E, counts.data()) == K, name + ": a bad id");
-    mask[1] = false;
-    expect(
-        count_choices(ids.data(), mask.get(), 0, T, K, E, counts.data()) == T * K,
-        name + ": a bad id that is masked");
-  }
-}
+struct LayerCase {
+  int64_t rows, H, I;
+};
+constexpr LayerCase kLayers[] = {
+    {1, 1, 1},      {7, 33, 3},    {19, 70, 34}, {300, 65, 33},  {23, 601, 65},
+    {520, 17, 129}, {24, 64, 320}, {2, 2100, 5}, {13, 2100, 37},
+};
 
 }  // namespace
 
@@ -616,16 +381,8 @@ int main(int argc, char** argv) {
     }
     context = std::string(isa) + " ";
     for (const Type type : kTypes) {
-      for (const bool transposed : {false, true}) {
-        test_layer(type, 1, 1, 1, transposed);
-        test_layer(type, 7, 33, 3, transposed);
-        test_layer(type, 19, 70, 34, transposed);
-        test_layer(type, 300, 65, 33, transposed);
-        test_layer(type, 23, 601, 65, transposed);
-        test_layer(type, 520, 17, 129, transposed);
-        test_layer(type, 24, 64, 320, transposed);
-        test_layer(type, 2, 2100, 5, transposed);
-        test_layer(type, 13, 2100, 37, transposed);
+      for (const auto& [rows, H, I] : kLayers) {
+        for (const bool transposed : {false, true}) test_layer(type, rows, H, I, transposed);
       }
     }
     shared_tests::test_all<Cpu>(random);
@@ -636,18 +393,6 @@ int main(int argc, char** argv) {
   }
   context.clear();
   test_activations();
-  for (const int64_t num_slots : {0, 1, 50, 1000}) {
-    for (const int64_t E : {1, 3, 40}) test_selection(num_slots, E, 1 + random() % 16, random);
-  }
-  for (const int64_t T : {0, 1, 2, 37}) {
-    for (const int64_t K : {0, 1, 3}) {
-      for (const int64_t E : {1, 5, 40}) {
-        for (const auto kind : shared_tests::kIdKinds) test_plan(T, K, E, kind, random);
-        test_pairs(T, K, E, random);
-        test_counts(T, K, E, random);
-      }
-    }
-    test_order_by_token(3 * T, T + 1, random);
-  }
+  plain_tests::test_all(random);
   return finish();
 }

@@ -521,6 +521,33 @@ void test_losses(
   check(name + ": entropy", entropy, {expected_entropy}, kTolerance);
 }
 
+struct ProductCase {
+  int64_t N, K, offset;
+};
+constexpr ProductCase kProducts[] = {{1, 1, 1}, {24, 40, 0}, {130, 19, 1}};
+
+struct PairCase {
+  Type type;
+  int64_t T, K, E, tile;
+  double factor;
+};
+constexpr PairCase kPairs[] = {
+    {Type::kF32, 1, 1, 1, 1, 1.0},    {Type::kF32, 300, 2, 5, 16, 0.7},
+    {Type::kF64, 600, 3, 40, 8, 1.2}, {Type::kF32, 513, 6, 7, 64, INFINITY},
+    {Type::kF64, 70, 4, 4, 32, 0.01},
+};
+
+struct LossCase {
+  Type type;
+  int64_t S, length, E, K;
+  bool normalize, with_share;
+};
+constexpr LossCase kLosses[] = {
+    {Type::kF64, 1, 0, 4, 2, true, false},    {Type::kF64, 1, 1, 1, 1, true, false},
+    {Type::kF64, 1, 90, 33, 2, false, false}, {Type::kF32, 1, 90, 8, 3, true, true},
+    {Type::kF32, 3, 40, 40, 2, true, false},
+};
+
 }  // namespace
 
 int main() {
@@ -530,20 +557,13 @@ int main() {
     for (const int64_t N : {0, 1, 40, 700}) test_plan(N, 9, kind, random);
     for (const Type type : kTypes) {
       for (const int64_t H : {1, 8, 33, 600}) {
-        for (const int64_t offset : {0, 1}) {
-          test_permute(type, 19, 3, 5, H, offset, kind, random);
-        }
+        for (const int64_t offset : {0, 1}) test_permute(type, 19, 3, 5, H, offset, kind, random);
       }
     }
   }
-  struct ProductCase {
-    int64_t N, K, offset;
-  };
-  for (const bool k_dense : {true, false}) {
-    for (const auto& [N, K, offset] : {ProductCase{1, 1, 1}, {24, 40, 0}, {130, 19, 1}}) {
-      for (const Type type : kTypes) {
-        test_products(type, false, N, K, k_dense, offset, random);
-      }
+  for (const auto& [N, K, offset] : kProducts) {
+    for (const bool k_dense : {true, false}) {
+      for (const Type type : kTypes) test_products(type, false, N, K, k_dense, offset, random);
       test_products(Type::kF32, true, N, K, k_dense, offset, random);
     }
   }
@@ -561,19 +581,19 @@ int main() {
       }
     }
   }
-  for (const bool few_values : {false, true}) {
-    test_pairs<float>(1, 1, 1, 1, 1.0, few_values, random);
-    test_pairs<float>(300, 2, 5, 16, 0.7, few_values, random);
-    test_pairs<double>(600, 3, 40, 8, 1.2, few_values, random);
-    test_pairs<float>(513, 6, 7, 64, INFINITY, few_values, random);
-    test_pairs<double>(70, 4, 4, 32, 0.01, few_values, random);
+  for (const auto& [type, T, K, E, tile, factor] : kPairs) {
+    for (const bool few_values : {false, true}) {
+      if (type == Type::kF64) {
+        test_pairs<double>(T, K, E, tile, factor, few_values, random);
+      } else {
+        test_pairs<float>(T, K, E, tile, factor, few_values, random);
+      }
+    }
   }
-  for (const int masked : {0, 1, 2}) {
-    test_losses(Type::kF64, 1, 0, 4, 2, masked, true, false, random);
-    test_losses(Type::kF64, 1, 1, 1, 1, masked, true, false, random);
-    test_losses(Type::kF64, 1, 90, 33, 2, masked, false, false, random);
-    test_losses(Type::kF32, 1, 90, 8, 3, masked, true, true, random);
-    test_losses(Type::kF32, 3, 40, 40, 2, masked, true, false, random);
+  for (const auto& [type, S, length, E, K, normalize, with_share] : kLosses) {
+    for (const int masked : {0, 1, 2}) {
+      test_losses(type, S, length, E, K, masked, normalize, with_share, random);
+    }
   }
   return finish();
 }
