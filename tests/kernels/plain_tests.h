@@ -143,7 +143,8 @@ inline void test_pairs(int64_t T, int64_t K, int64_t E, std::mt19937& random) {
         tokens);
   }
   const SlotsByExpert slots(ids.data(), T * K, E);
-  std::vector<float> weights(T * K, 1.0f);
+  std::vector<float> weights(T * K);
+  for (float& weight : weights) weight = static_cast<float>(random() % 5);
   int64_t size = 0;
   for (int64_t e = 0; e < E; ++e) {
     std::vector<int64_t> may_go;
@@ -189,7 +190,7 @@ inline void test_pairs(int64_t T, int64_t K, int64_t E, std::mt19937& random) {
 
   for (const int64_t capacity : {int64_t{0}, int64_t{2}, T * K}) {
     std::vector<int64_t> highest(T * K, -1), earliest(T * K, -1), used(E, 0);
-    keep_highest_weights(probs.data(), slots, capacity, 0, E, highest.data());
+    keep_highest_weights(weights.data(), slots, capacity, 0, E, highest.data());
     keep_earliest(ids.data(), T, K, E, capacity, earliest.data());
     for (int64_t e = 0; e < E; ++e) {
       const int64_t fits = std::min(capacity, slots.count(e));
