@@ -38,14 +38,6 @@ std::tuple<at::Tensor, at::Tensor> load_balancing_loss_forward(
   return outputs;
 }
 
-at::Tensor load_balancing_loss(
-    const at::Tensor& router_probs, const at::Tensor& topk_ids,
-    const std::optional<at::Tensor>& token_mask, bool normalize_by_topk, int64_t num_sequences,
-    const std::optional<at::Tensor>& expert_share) {
-  return std::get<0>(load_balancing_loss_forward(
-      router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share));
-}
-
 at::Tensor load_balancing_loss_backward(
     const at::Tensor& grad_loss_, const at::Tensor& grad_row_, const at::Tensor& topk_ids,
     const std::optional<at::Tensor>& token_mask) {
@@ -123,7 +115,6 @@ at::Tensor tokens_per_expert(const at::Tensor& topk_ids_, int64_t num_experts) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
-  m.impl("load_balancing_loss", load_balancing_loss);
   m.impl("_load_balancing_loss_forward", load_balancing_loss_forward);
   m.impl("_load_balancing_loss_backward", load_balancing_loss_backward);
   m.impl("router_z_loss", router_z_loss);

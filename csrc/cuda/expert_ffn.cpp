@@ -79,17 +79,6 @@ std::tuple<at::Tensor, at::Tensor> expert_ffn_forward(
   return outputs;
 }
 
-at::Tensor expert_ffn(
-    const at::Tensor& rows, const at::Tensor& expert_offsets, const at::Tensor& gate_up_proj,
-    const at::Tensor& down_proj, const std::optional<at::Tensor>& gate_up_bias,
-    const std::optional<at::Tensor>& down_bias, const std::optional<at::Tensor>& row_weights,
-    c10::string_view activation, bool gated, c10::string_view recompute) {
-  parse_recompute("expert_ffn", recompute);
-  return std::get<0>(expert_ffn_forward(
-      rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias, down_bias, row_weights,
-      activation, gated, false));
-}
-
 ExpertFfnGrads expert_ffn_backward(
     const at::Tensor& grad_out, const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
     const std::optional<at::Tensor>& row_map, const std::optional<at::Tensor>& pair_tokens,
@@ -169,7 +158,6 @@ ExpertFfnGrads expert_ffn_backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
-  m.impl("expert_ffn", expert_ffn);
   m.impl("_expert_ffn_forward", expert_ffn_forward);
   m.impl("_expert_ffn_backward", expert_ffn_backward);
 }

@@ -8,8 +8,6 @@
 namespace moe_ext::cuda {
 namespace {
 
-// operators
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
     const at::Tensor& tokens, const at::Tensor& weights, const at::Tensor& ids,
     const std::optional<at::Tensor>& pair_tokens, const at::Tensor& gate_up_proj,
@@ -35,34 +33,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
   return {out, hidden, plan.row_map, plan.expert_offsets};
 }
 
-at::Tensor moe_ffn(
-    const at::Tensor& tokens, const at::Tensor& topk_weights, const at::Tensor& topk_ids,
-    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
-    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
-    c10::string_view activation, bool gated, c10::string_view recompute) {
-  parse_recompute("moe_ffn", recompute);
-  return std::get<0>(moe_ffn_forward(
-      tokens, topk_weights, topk_ids, std::nullopt, gate_up_proj, down_proj, gate_up_bias,
-      down_bias, activation, gated, false));
-}
-
-at::Tensor moe_ffn_pairs(
-    const at::Tensor& tokens, const at::Tensor& pair_weights, const at::Tensor& pair_experts,
-    const at::Tensor& pair_tokens, const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
-    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
-    c10::string_view activation, bool gated, c10::string_view recompute) {
-  parse_recompute("_moe_ffn_pairs", recompute);
-  return std::get<0>(moe_ffn_forward(
-      tokens, pair_weights, pair_experts, pair_tokens, gate_up_proj, down_proj, gate_up_bias,
-      down_bias, activation, gated, false));
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
-  m.impl("moe_ffn", moe_ffn);
-  m.impl("_moe_ffn_pairs", moe_ffn_pairs);
-  m.impl("_moe_ffn_forward", moe_ffn_forward);
-}
+TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) { m.impl("_moe_ffn_forward", moe_ffn_forward); }
 
 }  // namespace moe_ext::cuda
