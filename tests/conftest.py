@@ -20,7 +20,7 @@ if torch.cuda.is_available() or os.environ.get("MOE_EXT_REQUIRE_CUDA") == "1":
     DEVICES.append("cuda")
 
 
-# emulate_cuda.py: "cpu" runs the CUDA operators.
+# tests/emulation/emulate.py: "cpu" runs the CUDA operators.
 EMULATED = os.environ.get("MOE_EXT_EMULATED") == "1"
 
 

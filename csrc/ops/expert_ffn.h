@@ -64,13 +64,6 @@ inline void check_expert_weights(
   }
 }
 
-inline bool parse_recompute(const char* op, c10::string_view recompute) {
-  TORCH_CHECK_VALUE(
-      recompute == "activation" || recompute == "hidden", op,
-      ": recompute must be activation or hidden, got ", recompute);
-  return recompute == "hidden";
-}
-
 inline Activation check_expert_ffn(
     const at::Tensor& rows, const at::Tensor& expert_offsets, const ExpertWeights& weights,
     const std::optional<at::Tensor>& row_weights, c10::string_view activation, bool gated) {
