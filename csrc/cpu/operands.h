@@ -7,6 +7,7 @@
 
 #include "cpu/kernels/kernels.h"
 #include "ops/dtypes.h"
+#include "ops/operands.h"
 
 namespace moe_ext::cpu {
 

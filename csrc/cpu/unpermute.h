@@ -6,7 +6,6 @@
 #include <ATen/core/Tensor.h>
 
 #include "cpu/operands.h"
-#include "ops/operands.h"
 
 namespace moe_ext::cpu {
 

@@ -11,6 +11,7 @@
 
 #include "cuda/kernels/kernels.h"
 #include "ops/dtypes.h"
+#include "ops/operands.h"
 
 namespace moe_ext::cuda {
 
