@@ -32,13 +32,14 @@ class LoadBalancingLoss : public torch::autograd::Function<LoadBalancingLoss> {
     variable_list grads(6);
     if (!grad[0].defined()) return grads;
     const auto saved = ctx->get_saved_variables();
+    const auto [grad_row, topk_ids, token_mask] = named<3>(saved);
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       static const auto op =
           find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&)>(
               "moe_ext::_load_balancing_loss_backward");
       const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
-      grads[0] = op.call(grad[0], saved[0], saved[1], as_optional(saved[2])).to(dtype);
+      grads[0] = op.call(grad[0], grad_row, topk_ids, as_optional(token_mask)).to(dtype);
     }
     return once_differentiable("load_balancing_loss", std::move(grads), grad, saved);
   }
@@ -60,11 +61,12 @@ class RouterZLoss : public torch::autograd::Function<RouterZLoss> {
     variable_list grads(2);
     if (!grad[0].defined()) return grads;
     const auto saved = ctx->get_saved_variables();
+    const auto [router_logits, token_mask] = named<2>(saved);
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(
           "moe_ext::_router_z_loss_backward");
-      grads[0] = op.call(grad[0], saved[0], as_optional(saved[1]));
+      grads[0] = op.call(grad[0], router_logits, as_optional(token_mask));
     }
     return once_differentiable("router_z_loss", std::move(grads), grad, saved);
   }

@@ -75,7 +75,7 @@ Tensor expert_ffn_below_autograd(
     const Tensor& down_proj, const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
     const OptionalTensor& row_weights, c10::string_view activation, bool gated,
     c10::string_view recompute) {
-  keeps_hidden("expert_ffn", recompute);
+  check_recompute("expert_ffn", recompute);
   const Experts experts{gate_up_proj, down_proj, gate_up_bias, down_bias, activation, gated};
   return std::get<0>(forward_op(rows, expert_offsets, experts, row_weights, false));
 }

@@ -83,12 +83,16 @@ inline ExpertGrads experts_backward(
       ctx->saved_data["gated"].toBool(), output_mask);
 }
 
-// Whether hidden is kept for backward, if there will be one; else it is computed again. (Below,
-// only save_hidden is passed on, so this is where an unknown recompute is refused.)
-inline bool keeps_hidden(const char* op, c10::string_view recompute) {
+// The operators below get save_hidden instead of recompute, so an unknown one is refused here.
+inline void check_recompute(const char* op, c10::string_view recompute) {
   TORCH_CHECK_VALUE(
       recompute == "activation" || recompute == "hidden", op,
       ": recompute must be activation or hidden, got ", recompute);
+}
+
+// Whether hidden is kept for backward, if there will be one; else it is computed again.
+inline bool keeps_hidden(const char* op, c10::string_view recompute) {
+  check_recompute(op, recompute);
   return recompute == "activation";
 }
 

@@ -8,6 +8,8 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <memory>
 #include <string>
@@ -27,6 +29,14 @@ c10::TypedOperatorHandle<Sig> find_op(const char* name) {
 
 inline OptionalTensor as_optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+// The first N saved tensors, to be named by a structured binding.
+template <size_t N>
+std::array<Tensor, N> named(const variable_list& saved) {
+  std::array<Tensor, N> tensors;
+  std::copy_n(saved.begin(), N, tensors.begin());
+  return tensors;
 }
 
 struct Argument {

@@ -22,18 +22,19 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
     variable_list grads(4);
     if (!grad[0].defined()) return grads;
     const auto saved = ctx->get_saved_variables();
+    const auto [rows, expert_offsets, weight] = named<3>(saved);
     NeedsGrad needs(ctx);
-    const bool rows = needs.next();
+    const bool to_rows = needs.next();
     needs.next();
-    const bool weight = needs.next();
-    const bool bias = needs.next(ctx->saved_data["has_bias"].toBool());
+    const bool to_weight = needs.next();
+    const bool to_bias = needs.next(ctx->saved_data["has_bias"].toBool());
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
           const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::array<bool, 3>)>(
           "moe_ext::_grouped_linear_backward");
       std::tie(grads[0], grads[2], grads[3]) =
-          op.call(grad[0], saved[0], saved[1], saved[2], {rows, weight, bias});
+          op.call(grad[0], rows, expert_offsets, weight, {to_rows, to_weight, to_bias});
     }
     return once_differentiable("grouped_linear", std::move(grads), grad, saved);
   }

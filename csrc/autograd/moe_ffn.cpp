@@ -104,7 +104,7 @@ Tensor moe_ffn_below_autograd(
     const Tensor& gate_up_proj, const Tensor& down_proj, const OptionalTensor& gate_up_bias,
     const OptionalTensor& down_bias, c10::string_view activation, bool gated,
     c10::string_view recompute) {
-  keeps_hidden("moe_ffn", recompute);
+  check_recompute("moe_ffn", recompute);
   return std::get<0>(forward_op(
       tokens, topk_weights, topk_ids, std::nullopt,
       {gate_up_proj, down_proj, gate_up_bias, down_bias, activation, gated}, false));
@@ -115,7 +115,7 @@ Tensor moe_ffn_pairs_below_autograd(
     const Tensor& pair_tokens, const Tensor& gate_up_proj, const Tensor& down_proj,
     const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
     c10::string_view activation, bool gated, c10::string_view recompute) {
-  keeps_hidden("_moe_ffn_pairs", recompute);
+  check_recompute("_moe_ffn_pairs", recompute);
   return std::get<0>(forward_op(
       tokens, pair_weights, pair_experts, pair_tokens,
       {gate_up_proj, down_proj, gate_up_bias, down_bias, activation, gated}, false));

@@ -29,13 +29,14 @@ class PairWeights : public torch::autograd::Function<PairWeights> {
     variable_list grads(7);
     if (!grad[0].defined()) return grads;
     const auto saved = ctx->get_saved_variables();
+    const auto [topk_weights, pair_tokens, pair_experts, pair_slots] = named<4>(saved);
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       static const auto op = find_op<std::tuple<Tensor, Tensor>(
           const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
           c10::SymInt, double, std::array<bool, 2>)>("moe_ext::_pair_weights_backward");
       std::tie(grads[0], grads[1]) = op.call(
-          grad[0], saved[0], saved[1], saved[2], as_optional(saved[3]),
+          grad[0], topk_weights, pair_tokens, pair_experts, as_optional(pair_slots),
           ctx->saved_data["num_experts"].toSymInt(), ctx->saved_data["scaling_factor"].toDouble(),
           {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
     }

@@ -23,11 +23,12 @@ class Permute : public torch::autograd::Function<Permute> {
     variable_list grads(3);
     if (!grad[0].defined()) return grads;
     const auto saved = ctx->get_saved_variables();
+    const auto [row_map] = named<1>(saved);
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       static const auto op =
           find_op<Tensor(const Tensor&, const Tensor&)>("moe_ext::_permute_backward");
-      grads[0] = op.call(grad[0], saved[0]);
+      grads[0] = op.call(grad[0], row_map);
     }
     return once_differentiable("permute", std::move(grads), grad, saved);
   }

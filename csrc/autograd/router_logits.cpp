@@ -17,13 +17,14 @@ class RouterLogits : public torch::autograd::Function<RouterLogits> {
     variable_list grads(2);
     if (!grad[0].defined()) return grads;
     const auto saved = ctx->get_saved_variables();
+    const auto [tokens, weight] = named<2>(saved);
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       static const auto op = find_op<std::tuple<Tensor, Tensor>(
           const Tensor&, const Tensor&, const Tensor&, std::array<bool, 2>)>(
           "moe_ext::_router_logits_backward");
-      std::tie(grads[0], grads[1]) = op.call(
-          grad[0], saved[0], saved[1], {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
+      std::tie(grads[0], grads[1]) =
+          op.call(grad[0], tokens, weight, {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
     }
     return once_differentiable("router_logits", std::move(grads), grad, saved);
   }

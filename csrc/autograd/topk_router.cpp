@@ -18,12 +18,13 @@ void save_router(
 Tensor router_backward(
     AutogradContext* ctx, const variable_list& saved, const Tensor& grad_weights,
     const Tensor& grad_probs) {
+  const auto [router_logits, topk_ids] = named<2>(saved);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   static const auto op = find_op<Tensor(
       const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, c10::string_view,
       bool, double)>("moe_ext::_router_weights_backward");
   return op.call(
-      as_optional(grad_weights), as_optional(grad_probs), saved[0], saved[1],
+      as_optional(grad_weights), as_optional(grad_probs), router_logits, topk_ids,
       ctx->saved_data["score_function"].toStringView(), ctx->saved_data["renormalize"].toBool(),
       ctx->saved_data["scaling_factor"].toDouble());
 }

@@ -20,18 +20,18 @@ class Unpermute : public torch::autograd::Function<Unpermute> {
     variable_list grads(3);
     if (!grad[0].defined()) return grads;
     const auto saved = ctx->get_saved_variables();
-    const OptionalTensor topk_weights = as_optional(saved[2]);
+    const auto [rows, row_map, topk_weights] = named<3>(saved);
     NeedsGrad needs(ctx);
-    const bool rows = needs.next();
+    const bool to_rows = needs.next();
     needs.next();
-    const bool weights = needs.next(topk_weights.has_value());
+    const bool to_weights = needs.next(topk_weights.defined());
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       static const auto op = find_op<std::tuple<Tensor, Tensor>(
           const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, std::array<bool, 2>)>(
           "moe_ext::_unpermute_backward");
       std::tie(grads[0], grads[2]) =
-          op.call(grad[0], saved[0], saved[1], topk_weights, {rows, weights});
+          op.call(grad[0], rows, row_map, as_optional(topk_weights), {to_rows, to_weights});
     }
     return once_differentiable("unpermute", std::move(grads), grad, saved);
   }

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "common/types.h"
 #include "cpu/kernels/aux_loss.h"
 #include "cpu/operands.h"
 #include "cpu/plan.h"
@@ -18,7 +19,7 @@ namespace {
 // every number of threads. They are kept in double, which costs nothing beside the reads.
 constexpr int64_t kTokensPerBlock = 256;
 
-int64_t num_blocks(int64_t T) { return (T + kTokensPerBlock - 1) / kTokensPerBlock; }
+int64_t num_blocks(int64_t T) { return ceil_div(T, kTokensPerBlock); }
 
 // The sum of fn(begin, end) over the blocks of tokens [first, last).
 template <class Fn>
@@ -33,8 +34,6 @@ double sum_over_blocks(int64_t first, int64_t last, const Fn& fn) {
   });
   return std::accumulate(partial.begin(), partial.end(), 0.0);
 }
-
-// operators
 
 // out [] = sum / num_tokens, 0 without tokens. (Not fill_, which refuses a finite number that
 // overflows to infinity in float32; a loss scaler must see that infinity.)
@@ -62,6 +61,8 @@ std::vector<int64_t> count_experts(
   }
   return counts;
 }
+
+// operators
 
 std::tuple<at::Tensor, at::Tensor> load_balancing_loss_forward(
     const at::Tensor& router_probs, const at::Tensor& topk_ids_,

@@ -47,7 +47,7 @@ std::tuple<at::Tensor, at::Tensor> expert_ffn_forward(
   const Activation parsed =
       check_expert_ffn(rows, expert_offsets, experts, row_weights, activation, gated);
   const RoutedRows grouped = grouped_rows("expert_ffn", rows, expert_offsets, row_weights);
-  const at::Tensor out = at::empty(rows.sizes(), rows.options());
+  const at::Tensor out = empty_like_contiguous(rows);
   const at::Tensor hidden = empty_hidden(rows, rows.size(0), gate_up_proj, save_hidden);
   experts_forward(rows, grouped, experts, parsed, gated, out, save_hidden ? hidden : at::Tensor());
   return {out, hidden};
@@ -69,7 +69,7 @@ ExpertFfnGrads expert_ffn_backward(
   const at::Tensor pair_tokens =
       pair_tokens_ ? read_pair_tokens(op, *pair_tokens_, tokens.size(0)) : at::Tensor();
   const RoutedRows rows =
-      row_map ? route(read_plan(op, *row_map, expert_offsets), pair_tokens, *weights, compute)
+      row_map ? routed_rows(read_plan(op, *row_map, expert_offsets), pair_tokens, *weights, compute)
               : grouped_rows(op, tokens, expert_offsets, weights);
   check_tokens(op, rows);
 

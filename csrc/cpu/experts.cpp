@@ -65,7 +65,7 @@ int64_t count_active(const std::vector<int64_t>& offsets) {
 
 }  // namespace
 
-RoutedRows route(
+RoutedRows routed_rows(
     Plan&& plan, const at::Tensor& pair_tokens, const at::Tensor& weights_,
     at::ScalarType compute) {
   const int64_t* token_of_pair = data_or_null<int64_t>(pair_tokens);
@@ -80,7 +80,7 @@ RoutedRows route(
   }
   const at::Tensor weights = contiguous_in(weights_, compute);
   rows.weight = at::empty({rows.size()}, weights.options());
-  MOE_DISPATCH_COMPUTE(compute, "route", [&] {
+  MOE_DISPATCH_COMPUTE(compute, "routed_rows", [&] {
     const scalar_t* from = weights.const_data_ptr<scalar_t>();
     scalar_t* to = rows.weight.mutable_data_ptr<scalar_t>();
     for (int64_t r = 0; r < rows.size(); ++r) to[r] = from[rows.slot[r]];

@@ -24,11 +24,12 @@ struct RoutedRows {
 
 // The rows of moe_ffn: weights [T, K] in slot order, or, with pair_tokens (read_pair_tokens, else
 // undefined), [P].
-RoutedRows route(
+RoutedRows routed_rows(
     Plan&& plan, const at::Tensor& pair_tokens, const at::Tensor& weights, at::ScalarType compute);
 
 // Of a plan that came as an argument (read_plan): that every row has a token and that an expert's
-// rows are in the order of their tokens, on which the kernels rely.
+// rows are in the order of their tokens, on which the kernels rely. Rows that were grouped already
+// have no tokens to check.
 void check_tokens(const char* op, const RoutedRows& rows);
 
 // out [T, H] receives the weighted sum of each token's rows; hidden [N, W] the pre-activation, if

@@ -34,13 +34,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
   const auto offsets = read_offsets("_grouped_linear_backward", expert_offsets, rows.size(0));
   at::Tensor grad_rows, grad_weight, grad_bias;
   if (output_mask[0]) {
-    grad_rows = at::empty(rows.sizes(), rows.options());
+    grad_rows = empty_like_contiguous(rows);
     grouped_product(grad_out, offsets, transposed(weights_of(weight)), {}, grad_rows);
   }
   const auto& kernels = kernels_for(rows.scalar_type());
   const auto experts = whole_experts(offsets);
   Phase phase;
-  if (output_mask[1]) grad_weight = at::empty(weight.sizes(), weight.options());
+  if (output_mask[1]) grad_weight = empty_like_contiguous(weight);
   const kernels::GradWeightsArgs product{
       weight.size(1),
       weight.size(2),

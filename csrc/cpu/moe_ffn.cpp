@@ -26,8 +26,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
   Plan plan = pair_tokens_ ? make_pair_plan(op, ids, pair_tokens, T, E) : make_plan(op, ids, E);
   const auto [row_map, expert_offsets] = std::tuple(plan.row_map, plan.expert_offsets);
   const RoutedRows rows =
-      route(std::move(plan), pair_tokens, weights, compute_dtype(tokens.scalar_type()));
-  const at::Tensor out = at::empty(tokens.sizes(), tokens.options());
+      routed_rows(std::move(plan), pair_tokens, weights, compute_dtype(tokens.scalar_type()));
+  const at::Tensor out = empty_like_contiguous(tokens);
   const at::Tensor hidden = empty_hidden(tokens, ids.numel(), gate_up_proj, save_hidden);
   experts_forward(tokens, rows, experts, parsed, gated, out, save_hidden ? hidden : at::Tensor());
   return {out, hidden, row_map, expert_offsets};

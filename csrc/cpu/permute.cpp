@@ -15,7 +15,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute(
     const at::Tensor& tokens_, const at::Tensor& topk_ids, int64_t num_experts) {
   check_permute(tokens_, topk_ids, num_experts);
   const at::Tensor tokens = tokens_.contiguous();
-  const Plan plan = make_plan("permute", topk_ids, num_experts);
+  const Plan plan = make_plan("permute", topk_ids, num_experts, /*with_inverse=*/false);
   const at::Tensor permuted = empty_permuted_tokens(tokens, topk_ids);
   const char* from = static_cast<const char*>(tokens.const_data_ptr());
   char* to = static_cast<char*>(permuted.mutable_data_ptr());
@@ -24,7 +24,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute(
   at::parallel_for(0, tokens.size(0), 64, [&](int64_t begin, int64_t end) {
     kernels::gather_rows(from, row_map, K, row_bytes, begin, end, to);
   });
-  const auto num_used = static_cast<int64_t>(plan.slot_of_row.size());
+  const int64_t num_used = plan.expert_offsets.const_data_ptr<int32_t>()[num_experts];
   permuted.narrow(0, num_used, permuted.size(0) - num_used).zero_();
   return {permuted, plan.row_map, plan.expert_offsets};
 }

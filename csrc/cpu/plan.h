@@ -16,7 +16,7 @@ namespace moe_ext::cpu {
 struct Plan {
   at::Tensor row_map;                // [T, K] or [P] int32, -1 for a skipped slot
   at::Tensor expert_offsets;         // [E + 1] int32
-  std::vector<int32_t> slot_of_row;  // of the rows before expert_offsets[E]: row_map's inverse
+  std::vector<int32_t> slot_of_row;  // of the rows before expert_offsets[E]; empty if not needed
 };
 
 inline void check_id(const char* op, const char* argument, int64_t id) {
@@ -40,25 +40,28 @@ inline at::Tensor read_ids(const char* op, const at::Tensor& topk_ids) {
 template <class Id>
 Plan make_plan(
     const char* op, const char* argument, const at::Tensor& shaped_so, const Id* ids,
-    const int32_t* order, int64_t num_experts) {
+    const int32_t* order, int64_t num_experts, bool with_inverse = true) {
   const int64_t N = shaped_so.numel();
   check_ids(op, argument, ids, N);
   const auto [row_map, expert_offsets] = empty_plan(shaped_so, num_experts);
-  Plan plan{row_map, expert_offsets, std::vector<int32_t>(N)};
+  Plan plan{row_map, expert_offsets, std::vector<int32_t>(with_inverse ? N : 0)};
   int32_t* offsets = plan.expert_offsets.mutable_data_ptr<int32_t>();
   kernels::make_plan(
       ids, order, N, num_experts, plan.row_map.mutable_data_ptr<int32_t>(), offsets,
-      plan.slot_of_row.data());
-  plan.slot_of_row.resize(offsets[num_experts]);
+      with_inverse ? plan.slot_of_row.data() : nullptr);
+  if (with_inverse) plan.slot_of_row.resize(offsets[num_experts]);
   return plan;
 }
 
-inline Plan make_plan(const char* op, const at::Tensor& topk_ids, int64_t num_experts) {
+inline Plan make_plan(
+    const char* op, const at::Tensor& topk_ids, int64_t num_experts, bool with_inverse = true) {
   check_count(op, "topk_ids", "slots", topk_ids.numel());
   const at::Tensor ids = topk_ids.contiguous();
-  return ids.scalar_type() == at::kLong
-             ? make_plan(op, "topk_ids", ids, ids.const_data_ptr<int64_t>(), nullptr, num_experts)
-             : make_plan(op, "topk_ids", ids, ids.const_data_ptr<int32_t>(), nullptr, num_experts);
+  const auto plan = [&](const auto* id) {
+    return make_plan(op, "topk_ids", ids, id, nullptr, num_experts, with_inverse);
+  };
+  return ids.scalar_type() == at::kLong ? plan(ids.const_data_ptr<int64_t>())
+                                        : plan(ids.const_data_ptr<int32_t>());
 }
 
 // pair_tokens [P] as numbers, checked: in [-1, T).
@@ -109,8 +112,8 @@ inline std::vector<int64_t> read_offsets(
   return offsets;
 }
 
-// take(slot, row) for every slot that has a row says whether it is the row's first; row_map
-// checked: -1 or a row, no row twice.
+// take(slot, row), called for every slot with a row, returns whether no slot had that row before;
+// row_map checked: -1 or a row, no row twice.
 template <class Fn>
 void for_slots(const char* op, const at::Tensor& row_map_, int64_t num_rows, const Fn& take) {
   check_count(op, "row_map", "slots", row_map_.numel());

@@ -73,7 +73,7 @@ std::tuple<at::Tensor, at::Tensor> expert_ffn_forward(
   const at::Tensor weights = contiguous_in(row_weights, compute_dtype(rows.scalar_type()));
   const RoutedRows routed{expert_offsets.contiguous(), rows.size(0), {}, 1, {}};
   const auto outputs = expert_rows_forward(rows, routed, experts, parsed, gated, save_hidden);
-  finish_rows(
+  weigh_rows(
       std::get<0>(outputs), routed.expert_offsets, contiguous_in(down_bias, rows.scalar_type()),
       weights);
   return outputs;
@@ -98,7 +98,7 @@ ExpertFfnGrads expert_ffn_backward(
   const at::ScalarType compute = compute_dtype(tokens.scalar_type());
   const at::Tensor slot_weights = contiguous_in(weights, compute);
   const at::Tensor offsets = expert_offsets.contiguous();
-  const RoutedRows routed = row_map ? routed_rows(plan_of(*row_map, offsets), pair_tokens)
+  const RoutedRows routed = row_map ? routed_rows(read_plan(*row_map, offsets), pair_tokens)
                                     : RoutedRows{offsets, tokens.size(0), {}, 1, {}};
 
   ExpertFfnGrads outputs;
@@ -149,7 +149,7 @@ ExpertFfnGrads expert_ffn_backward(
           grad_tokens, *row_map, {}, T,
           pair_tokens ? order_by_token(op, *pair_tokens, T, routed.slot_of_row) : TokenOrder{});
     } else {
-      finish_rows(grad_tokens, offsets, {}, {});
+      weigh_rows(grad_tokens, offsets, {}, {});
     }
   }
   return outputs;

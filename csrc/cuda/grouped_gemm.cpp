@@ -127,10 +127,10 @@ at::Tensor grouped_sum(
   return sum;
 }
 
-void finish_rows(
+void weigh_rows(
     const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& bias,
     const at::Tensor& weights) {
-  kernels::finish_rows(
+  kernels::weigh_rows(
       row_groups(rows, offsets), any_data_or_null(bias), any_data_or_null(weights), rows.size(1),
       rows.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();

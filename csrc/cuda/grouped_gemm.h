@@ -27,7 +27,7 @@ at::Tensor grouped_sum(
 
 // In place: rows[r] = weights[r] * (rows[r] + bias[e]), zeros at or past offsets[E]; weights and
 // bias, contiguous, may be undefined.
-void finish_rows(
+void weigh_rows(
     const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& bias,
     const at::Tensor& weights);
 

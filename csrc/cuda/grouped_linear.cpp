@@ -15,7 +15,7 @@ at::Tensor grouped_linear(
   const c10::cuda::CUDAGuard device_guard(rows.device());
   const at::Tensor offsets = expert_offsets.contiguous();
   const at::Tensor out = grouped_product(rows, offsets, weight);
-  finish_rows(out, offsets, contiguous_in(bias, rows.scalar_type()), {});
+  weigh_rows(out, offsets, contiguous_in(bias, rows.scalar_type()), {});
   return out;
 }
 
@@ -28,7 +28,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
   at::Tensor grad_rows, grad_weight, grad_bias;
   if (output_mask[0]) {
     grad_rows = grouped_product(grad_out, offsets, weight.transpose(1, 2));
-    finish_rows(grad_rows, offsets, {}, {});
+    weigh_rows(grad_rows, offsets, {}, {});
   }
   if (output_mask[1]) grad_weight = grouped_grad_weights(grad_out, rows, offsets);
   if (output_mask[2]) grad_bias = grouped_sum(grad_out, offsets, {}, {});

@@ -8,6 +8,8 @@
 namespace moe_ext::cuda {
 namespace {
 
+// operators
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
     const at::Tensor& tokens, const at::Tensor& weights, const at::Tensor& ids,
     const std::optional<at::Tensor>& pair_tokens, const at::Tensor& gate_up_proj,

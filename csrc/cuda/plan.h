@@ -39,7 +39,7 @@ inline Plan make_plan(
 }
 
 // The plan whose row_map and expert_offsets a caller gives back.
-inline Plan plan_of(const at::Tensor& row_map_, const at::Tensor& expert_offsets) {
+inline Plan read_plan(const at::Tensor& row_map_, const at::Tensor& expert_offsets) {
   const at::Tensor row_map = row_map_.contiguous();
   const int64_t N = row_map.numel();
   const at::Tensor slot_of_row = at::full({N}, -1, row_map.options());

@@ -139,8 +139,7 @@ inline ExpertFfnGrads empty_expert_ffn_grads(
     const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
     const ExpertWeights& experts, const std::array<bool, 6>& mask) {
   const auto like = [](bool wanted, const std::optional<at::Tensor>& tensor) {
-    return wanted && tensor ? at::empty_symint(tensor->sym_sizes(), tensor->options())
-                            : at::Tensor();
+    return wanted && tensor ? empty_like_contiguous(*tensor) : at::Tensor();
   };
   return {
       like(mask[0], tokens),

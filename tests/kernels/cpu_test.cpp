@@ -42,6 +42,8 @@ const RouterKernels& router_kernels_of(Type type) {
 
 // Token by token.
 struct Cpu {
+  static constexpr bool kWritesSkipped = false;
+
   static RouterArgs args(const oracle::Router& r, const void* logits) {
     return {r.E, r.K, r.score, r.renormalize, r.scale, logits};
   }
@@ -91,8 +93,9 @@ struct Cpu {
     loss.fill(sum / std::max<int64_t>(count(mask, T), 1));
   }
   static void z_loss_backward(
-      Type type, const void* logits, const bool* mask, int64_t T, int64_t E, Buffer& grad) {
-    const double scale = 1.0 / std::max<int64_t>(count(mask, T), 1);
+      Type type, double grad_loss, const void* logits, const bool* mask, int64_t T, int64_t E,
+      Buffer& grad) {
+    const double scale = grad_loss / std::max<int64_t>(count(mask, T), 1);
     run(T, 0, [&](int64_t t, void*) {
       router_kernels_of(type).z_loss_backward(logits, E, mask, scale, t, t + 1, grad.data());
     });
@@ -207,7 +210,7 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
       row_weight.data(),
       out.data(),
       1};
-  // Two token_blocks of tokens.
+  // Two blocks of tokens.
   std::vector<RowBlock> token_block_rows;
   std::vector<TokenBlock> token_blocks;
   for (const int64_t begin : {int64_t{0}, T / 2}) {
@@ -331,7 +334,7 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
   }
 }
 
-// The activations themselves, which the oracle takes from common/: values that are known, and
+// The activations themselves, which the oracle takes from common/: silu by its formula, and all
 // slopes by differences.
 void test_activations() {
   for (int i = 0; i < 7; ++i) {

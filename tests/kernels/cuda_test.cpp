@@ -14,6 +14,8 @@ using shared_tests::IdKind;
 using shared_tests::make_ids;
 
 struct Cuda {
+  static constexpr bool kWritesSkipped = true;
+
   static RouterArgs args(Type type, const oracle::Router& r, const void* logits) {
     return {type, r.T, r.E, r.K, r.score, r.renormalize, r.scale, logits};
   }
@@ -51,12 +53,13 @@ struct Cuda {
     router_z_loss({type, T, E, mask, workspace.data()}, logits, loss.data(), nullptr);
   }
   static void z_loss_backward(
-      Type type, const void* logits, const bool* mask, int64_t T, int64_t E, Buffer& grad) {
+      Type type, double grad_loss, const void* logits, const bool* mask, int64_t T, int64_t E,
+      Buffer& grad) {
     std::vector<char> workspace(loss_workspace(1, E) + 64);
-    Buffer one(type, 1);
-    one.fill(1);
+    Buffer scale(type, 1);
+    scale.fill(grad_loss);
     router_z_loss_backward(
-        {type, T, E, mask, workspace.data()}, one.data(), logits, grad.data(), nullptr);
+        {type, T, E, mask, workspace.data()}, scale.data(), logits, grad.data(), nullptr);
   }
 };
 
@@ -272,13 +275,13 @@ void test_experts(
   check(
       name + ": sums", sum, oracle::sum_rows(kGroups, grad_out.values, row_weights, H), tolerance);
   Buffer rows = grad_out;
-  finish_rows(groups, bias.data(), nullptr, H, rows.data(), nullptr);
+  weigh_rows(groups, bias.data(), nullptr, H, rows.data(), nullptr);
   check(name + ": biased", rows, biased, tolerance);
   rows = grad_out;
-  finish_rows(groups, bias.data(), weights.data(), H, rows.data(), nullptr);
+  weigh_rows(groups, bias.data(), weights.data(), H, rows.data(), nullptr);
   check(name + ": finished", rows, finished, tolerance);
   rows = grad_out;
-  finish_rows(groups, nullptr, nullptr, H, rows.data(), nullptr);
+  weigh_rows(groups, nullptr, nullptr, H, rows.data(), nullptr);
   expect(same(rows, grad_out, H), name + ": finished without weights");
   rows.read();
   expect(

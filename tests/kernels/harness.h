@@ -146,6 +146,10 @@ inline double error(
     const double a = actual[i], b = expected[i];
     if ((a != a) != (b != b)) return INFINITY;
     if (a != a) continue;
+    if (std::isinf(a) || std::isinf(b)) {
+      if (a != b) return INFINITY;
+      continue;
+    }
     difference = std::max(difference, std::fabs(a - b));
     largest = std::max(largest, std::fabs(b));
   }

@@ -73,6 +73,20 @@ inline void test_plan(
   const int64_t used = offsets[E];
   slot_of_row.resize(used);
   expect(row_map == expected.row_map, name + ": row_map");
+  // From narrow ids, in the order of the slots that is said, and without the inverse.
+  const std::vector<int32_t> narrow(ids.begin(), ids.end());
+  std::vector<int32_t> order(N), same_map(N), same_offsets(E + 1);
+  for (int64_t slot = 0; slot < N; ++slot) order[slot] = static_cast<int32_t>(slot);
+  make_plan(narrow.data(), order.data(), N, E, same_map.data(), same_offsets.data(), nullptr);
+  expect(same_map == row_map && same_offsets == offsets, name + ": in a given order");
+  std::reverse(order.begin(), order.end());
+  make_plan(narrow.data(), order.data(), N, E, same_map.data(), same_offsets.data(), nullptr);
+  for (int64_t slot = 0; slot < N; ++slot) {
+    const int64_t e = ids[slot];
+    const bool has_row = row_map[slot] >= 0;
+    const int64_t mirrored = has_row ? offsets[e] + offsets[e + 1] - 1 - row_map[slot] : -1;
+    expect(same_map[slot] == mirrored, name + ": in the order turned round");
+  }
   for (int64_t r = 0; r < used; ++r) {
     expect(row_map[slot_of_row[r]] == r, name + ": slot_of_row");
   }
@@ -80,12 +94,11 @@ inline void test_plan(
   const auto take = [&](int32_t slot, int32_t row) {
     return std::exchange(inverse[row], slot) == -1;
   };
-  int32_t row = 0;
   const auto invert = [&] {
     std::fill(inverse.begin(), inverse.end(), -1);
-    return for_slots(row_map.data(), N, N, &row, take);
+    return for_slots(row_map.data(), N, N, take);
   };
-  expect(invert() == RowMapFault::kNone, name + ": its own row_map");
+  expect(invert().fault == RowMapFault::kNone, name + ": its own row_map");
   expect(std::equal(slot_of_row.begin(), slot_of_row.end(), inverse.begin()), name + ": inverse");
 
   std::vector<char> tokens(T * H), permuted(N * H, 'x');
@@ -99,10 +112,13 @@ inline void test_plan(
   if (used > 1) {
     const int64_t first = slot_of_row[0], second = slot_of_row[1];
     row_map[second] = 0;
-    expect(invert() == RowMapFault::kTwice && row == 0, name + ": a row twice");
+    const RowMapCheck twice = invert();
+    expect(twice.fault == RowMapFault::kTwice && twice.row == 0, name + ": a row twice");
     for (const int64_t outside : {int64_t{-2}, N}) {
       row_map[first] = static_cast<int32_t>(outside);
-      expect(invert() == RowMapFault::kOutside && row == outside, name + ": a row outside");
+      const RowMapCheck check = invert();
+      expect(
+          check.fault == RowMapFault::kOutside && check.row == outside, name + ": a row outside");
     }
   }
   std::vector<int32_t> bad(ids.begin(), ids.end());
@@ -166,10 +182,16 @@ inline void test_pairs(int64_t T, int64_t K, int64_t E, std::mt19937& random) {
   for (const int64_t room : {size, size + 3, size / 2}) {
     std::vector<int64_t> pair_tokens(room), pair_experts(room), pair_slots(room);
     PairWriter pairs{pair_tokens.data(), pair_experts.data(), pair_slots.data(), room};
+    std::vector<int64_t> same_tokens(room), same_experts(room);
+    PairWriter without_slots{same_tokens.data(), same_experts.data(), nullptr, room};
     for (int64_t e = 0; e < E; ++e) {
-      write_rounded(e, K, slots.best(e, weights.data(), T * K), tokens[e], pairs, kept.data());
+      const auto chosen = slots.best(e, weights.data(), T * K);
+      write_rounded(e, K, chosen, tokens[e], pairs, kept.data());
+      write_rounded(e, K, chosen, tokens[e], without_slots, kept.data());
     }
     pairs.finish();
+    without_slots.finish();
+    expect(same_tokens == pair_tokens && same_experts == pair_experts, name + ": without slots");
     expect(pairs.used == size, name + ": as many pairs as there are");
     for (int64_t p = 0; p < room; ++p) {
       const bool used = p < size;
@@ -193,8 +215,15 @@ inline void test_pairs(int64_t T, int64_t K, int64_t E, std::mt19937& random) {
     keep_highest_weights(weights.data(), slots, capacity, 0, E, highest.data());
     keep_earliest(ids.data(), T, K, E, capacity, earliest.data());
     for (int64_t e = 0; e < E; ++e) {
+      std::vector<int64_t> of_expert, kept_here;
+      for (int64_t slot = 0; slot < T * K; ++slot) {
+        if (ids[slot] == e) of_expert.push_back(slot);
+        if (highest[slot] == e) kept_here.push_back(slot);
+      }
+      expect(
+          kept_here == oracle::best(of_expert, weights.data(), capacity),
+          name + ": capacity by weight");
       const int64_t fits = std::min(capacity, slots.count(e));
-      expect(std::count(highest.begin(), highest.end(), e) == fits, name + ": capacity by weight");
       expect(std::count(earliest.begin(), earliest.end(), e) == fits, name + ": capacity by place");
     }
     for (int64_t k = 0; k < K; ++k) {
@@ -204,6 +233,55 @@ inline void test_pairs(int64_t T, int64_t K, int64_t E, std::mt19937& random) {
         expect((earliest[slot] == e) == (used[e]++ < capacity), name + ": the earliest stay");
       }
     }
+  }
+}
+
+// Weights of pairs that have a slot, of those that have none and of unused ones; and their
+// gradients.
+inline void test_pair_weights(int64_t T, int64_t K, int64_t E, std::mt19937& random) {
+  const std::string name = describe("pair weights", "T", T, "K", K, "E", E);
+  const int64_t P = T * K + 3 * T;  // every slot, then pairs without one, some of them unused
+  std::vector<double> weights(T * K), probs(T * E), grad(P);
+  for (auto* numbers : {&weights, &probs, &grad}) {
+    for (double& x : *numbers) x = static_cast<double>(random() % 1000 + 1);
+  }
+  std::vector<int64_t> tokens(P, -1), experts(P, -1), slots(P, -1);
+  for (int64_t p = 0; p < P; ++p) {
+    const int64_t i = p - T * K;
+    if (i >= 2 * T) continue;
+    tokens[p] = i < 0 ? p / K : i % T;
+    experts[p] = i < 0 ? 0 : i / T % E;
+    if (i < 0) slots[p] = p;
+    if (i >= T && E < 2) tokens[p] = -1;  // no two pairs have the same token and expert
+  }
+  constexpr double kScale = 1.5;
+  for (const bool with_slots : {false, true}) {
+    const int64_t first = with_slots ? 0 : T * K;
+    const int64_t* own_slots = with_slots ? slots.data() : nullptr;
+    std::vector<double> out(P - first, -7), to_weights(T * K), to_probs(T * E);
+    pair_weights(
+        weights.data(), probs.data(), tokens.data() + first, experts.data() + first, own_slots,
+        P - first, E, kScale, out.data());
+    pair_weights_backward(
+        grad.data(), tokens.data() + first, experts.data() + first, own_slots, P - first, E, kScale,
+        to_weights.data(), to_probs.data());
+    std::vector<double> expected_weights(T * K), expected_probs(T * E);
+    for (int64_t p = first; p < P; ++p) {
+      double expected = 0;
+      if (p < T * K) {
+        expected = weights[p];
+        expected_weights[p] = grad[p - first];
+      } else if (tokens[p] >= 0) {
+        expected = kScale * probs[tokens[p] * E + experts[p]];
+        expected_probs[tokens[p] * E + experts[p]] = kScale * grad[p - first];
+      }
+      expect(out[p - first] == expected, name + ": weight");
+    }
+    expect(to_weights == expected_weights, name + ": gradient of weights");
+    expect(to_probs == expected_probs, name + ": gradient of probs");
+    pair_weights_backward<double>(
+        grad.data(), tokens.data() + first, experts.data() + first, own_slots, P - first, E, kScale,
+        nullptr, nullptr);
   }
 }
 
@@ -236,6 +314,12 @@ inline void test_counts(int64_t T, int64_t K, int64_t E, std::mt19937& random) {
         count_choices(ids.data(), tokens, 0, T, K, E, counts.data()) == T * K && counts == expected,
         name + ": choices");
     expect(count_unmasked(tokens, T) == unmasked, name + ": unmasked");
+    int64_t routed = 0;
+    for (int64_t t = 0; t < T; ++t) {
+      const auto valid = [E](int64_t id) { return id >= 0 && id < E; };
+      routed += std::any_of(ids.begin() + t * K, ids.begin() + (t + 1) * K, valid);
+    }
+    expect(count_routed_tokens(ids.data(), T, K, E) == routed, name + ": routed tokens");
     const double found = sum_entropies(probs.data(), E, tokens, 0, T);
     expect(std::fabs(found - entropy) <= 1e-12 * std::fabs(entropy), name + ": entropy");
     std::vector<double> grad(T * E);
@@ -267,6 +351,7 @@ inline void test_all(std::mt19937& random) {
       for (const int64_t E : {1, 5, 40}) {
         for (const auto kind : shared_tests::kIdKinds) test_plan(T, K, E, kind, random);
         test_pairs(T, K, E, random);
+        test_pair_weights(T, K, E, random);
         test_counts(T, K, E, random);
       }
     }

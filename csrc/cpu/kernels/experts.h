@@ -1,6 +1,7 @@
 // The passes of an expert layer, forward and backward, of one instruction set.
 #pragma once
 
+#include "cpu/kernels/gemm/formats/dense.h"
 #include "cpu/kernels/gemm/grad_weights.h"
 #include "cpu/kernels/gemm/product.h"
 #include "cpu/kernels/simd/math.h"
@@ -8,9 +9,11 @@
 namespace moe_ext::cpu::kernels {
 namespace {
 
-template <class S>
+// S: what tokens are stored as; W: the format of the weights.
+template <class S, class W = Dense<S>>
 struct Experts {
-  using P = Product<Dense<S>, Dense<S>>;
+  using P = Product<Dense<S>, W>;
+  using Columns = typename W::Columns;
   using C = typename P::C;
   using V = typename P::V;
   static constexpr int64_t kLanes = P::kLanes;
@@ -19,18 +22,8 @@ struct Experts {
   static const S* row_of(const Rows& rows, int64_t r) {
     return static_cast<const S*>(rows.data) + (rows.index ? rows.index[r] : r) * rows.stride;
   }
-  static const S* of_expert(const Weights& weights, int64_t expert) {
-    return static_cast<const S*>(weights.data) + expert * weights.expert_stride;
-  }
   static const S* of_expert(const Bias& bias, int64_t expert) {
     return bias.data ? static_cast<const S*>(bias.data) + expert * bias.expert_stride : nullptr;
-  }
-
-  // The columns from n on of an expert's matrix with N of them.
-  static Columns<S> columns(const Weights& weights, int64_t expert, int64_t n, int64_t N) {
-    return neighbours(
-        of_expert(weights, expert) + n * weights.n_stride, N - n, weights.n_stride,
-        weights.k_stride);
   }
 
   // bias[0, count) as `width` compute numbers; zeros where there is none.
@@ -51,17 +44,9 @@ struct Experts {
   }
 
   // The columns of up's block `col`: of gate and up, or neighbours.
-  static Columns<S> up_columns(const UpArgs& args, int64_t expert, int64_t col) {
-    if (!args.gated) return columns(args.gate, expert, col * kBlockN, args.I);
-    const int64_t n = col * kSplitN;
-    const int64_t count = smaller(args.I - n, kSplitN);
-    return {
-        {of_expert(args.gate, expert) + n * args.gate.n_stride,
-         of_expert(args.up, expert) + n * args.up.n_stride},
-        {count, count},
-        args.gate.n_stride,
-        args.gate.k_stride,
-        nullptr};
+  static Columns up_columns(const UpArgs& args, int64_t expert, int64_t col) {
+    if (!args.gated) return W::columns(args.gate, expert, col * kBlockN, args.I);
+    return W::pair_columns(args.gate, args.up, expert, col * kSplitN, args.I);
   }
 
   static void up(const UpArgs& args, const RowBlock& block, int64_t col, bool next, void* scratch) {
@@ -69,23 +54,23 @@ struct Experts {
     const S* row[kBlockM];
     for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.tokens, block.begin + r);
     const int64_t n = col * (args.gated ? kSplitN : kBlockN);
-    const Columns<S> w = up_columns(args, block.expert, col);
+    const Columns w = up_columns(args, block.expert, col);
     const int64_t count = args.gated ? w.count[0] : w.size();
     alignas(64) C bias[kBlockN];
     const S* gate_bias = of_expert(args.gate_bias, block.expert);
     const S* up_bias = of_expert(args.up_bias, block.expert);
     read_bias(gate_bias ? gate_bias + n : nullptr, count, args.gated ? kSplitN : kBlockN, bias);
     if (args.gated) read_bias(up_bias ? up_bias + n : nullptr, count, kSplitN, bias + kSplitN);
-    const auto finish = [&](const C* c, int64_t first, int64_t tile_rows, int64_t) {
-      finish_up(args, block.begin + first, tile_rows, n, count, bias, c);
+    const auto epilogue = [&](const C* c, int64_t first, int64_t tile_rows, int64_t) {
+      write_up(args, block.begin + first, tile_rows, n, count, bias, c);
     };
-    const Columns<S> after = next ? up_columns(args, block.expert, col + 1) : w;
-    P::run(row, rows, args.H, &w, 1, next ? &after : nullptr, scratch, Epilogue<C>(finish));
+    const Columns after = next ? up_columns(args, block.expert, col + 1) : w;
+    P::run(row, rows, args.H, &w, 1, next ? &after : nullptr, scratch, Epilogue<C>(epilogue));
   }
 
   // Bias, the pre-activation and the activation of some rows of a block: columns [n, n + count),
   // in c at 0 and, if gated, at kSplitN.
-  static void finish_up(
+  static void write_up(
       const UpArgs& args, int64_t begin, int64_t rows, int64_t n, int64_t count, const C* bias,
       const C* c) {
     const int64_t width = args.gated ? 2 * args.I : args.I;
@@ -124,7 +109,7 @@ struct Experts {
     const int64_t pitch = args.n_blocks * kBlockN;
     const int64_t n = col * pitch;
     const int64_t count = smaller(args.N - n, pitch);
-    const int64_t n_blocks = (count + kBlockN - 1) / kBlockN;
+    const int64_t n_blocks = ceil_div(count, kBlockN);
     const int64_t num_tokens = tokens.end - tokens.begin;
     Scratch scratch(scratch_buffer);
     C* sums = scratch.take<C>(num_tokens * pitch);
@@ -139,9 +124,9 @@ struct Experts {
       for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.rows, block.begin + r);
       const S* expert_bias = of_expert(args.bias, block.expert);
       read_bias(expert_bias ? expert_bias + n : nullptr, count, pitch, bias);
-      Columns<S> w[kMaxNBlocks];
+      Columns w[kMaxNBlocks];
       for (int64_t b = 0; b < n_blocks; ++b) {
-        w[b] = columns(args.weights, block.expert, n + b * kBlockN, args.N);
+        w[b] = W::columns(args.weights, block.expert, n + b * kBlockN, args.N);
       }
       const auto add_rows = [&](const C* c, int64_t first, int64_t tile_rows, int64_t n_block) {
         for (int64_t r = block.begin + first; tile_rows > 0; --tile_rows, ++r, c += kBlockN) {
@@ -155,7 +140,7 @@ struct Experts {
         }
       };
       const bool more = i + 1 < tokens.last_block;
-      const Columns<S> after = columns(
+      const Columns after = W::columns(
           args.weights, blocks[more ? i + 1 : tokens.first_block].expert,
           more || !next ? n : n + pitch, args.N);
       P::run(
@@ -173,20 +158,19 @@ struct Experts {
       const GradHiddenArgs& args, const RowBlock& block, int64_t col, bool next, void* scratch) {
     const int64_t pitch = args.n_blocks * kBlockN;
     const int64_t n = col * pitch;
-    const int64_t n_blocks = (smaller(args.I - n, pitch) + kBlockN - 1) / kBlockN;
+    const int64_t n_blocks = ceil_div(smaller(args.I - n, pitch), kBlockN);
     const int64_t rows = block.end - block.begin;
     const S* row[kBlockM];
     for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.grad_out, block.begin + r);
-    Columns<S> w[kMaxNBlocks];
+    Columns w[kMaxNBlocks];
     for (int64_t b = 0; b < n_blocks; ++b) {
-      w[b] = columns(args.down, block.expert, n + b * kBlockN, args.I);
+      w[b] = W::columns(args.down, block.expert, n + b * kBlockN, args.I);
     }
-    const auto finish = [&](const C* c, int64_t first, int64_t tile_rows, int64_t n_block) {
-      finish_grad_hidden(args, block.begin + first, tile_rows, col * args.n_blocks + n_block, c);
+    const auto epilogue = [&](const C* c, int64_t first, int64_t tile_rows, int64_t n_block) {
+      write_grad_hidden(args, block.begin + first, tile_rows, col * args.n_blocks + n_block, c);
     };
-    const Columns<S> after =
-        next ? columns(args.down, block.expert, n + pitch, args.I) : Columns<S>();
-    P::run(row, rows, args.H, w, n_blocks, next ? &after : nullptr, scratch, Epilogue<C>(finish));
+    const Columns after = next ? W::columns(args.down, block.expert, n + pitch, args.I) : Columns();
+    P::run(row, rows, args.H, w, n_blocks, next ? &after : nullptr, scratch, Epilogue<C>(epilogue));
 
     const S* bias = of_expert(args.down_bias, block.expert);
     if (!args.grad_weight_sums || !bias || col > 0) return;
@@ -200,7 +184,7 @@ struct Experts {
     }
   }
 
-  static void finish_grad_hidden(
+  static void write_grad_hidden(
       const GradHiddenArgs& args, int64_t begin, int64_t rows, int64_t col, const C* c) {
     const int64_t n = col * kBlockN;
     const int64_t count = smaller(args.I - n, kBlockN);

@@ -82,7 +82,7 @@ struct TokenBlock {
   int64_t first_block, last_block;
 };
 
-// From the gradient of the finished rows back to the pre-activation.
+// From the gradient of the experts' results back to the pre-activation.
 struct GradHiddenArgs {
   int64_t H, I, num_rows;
   Activation activation;

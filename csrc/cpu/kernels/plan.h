@@ -1,7 +1,7 @@
 // Where every slot (t, k), or pair, goes: a stable counting sort by expert.
 //
-// These kernels are plain C++, the same for every instruction set. What they are given is checked:
-// find_bad_id says by whom.
+// Plain C++, the same for every instruction set. Callers check what comes as an argument:
+// find_bad_id, for_slots.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ int64_t find_bad_id(const Id* ids, int64_t n) {
 }
 
 // The slots in `order` (or null: as they come), grouped by expert; the skipped ones have row -1.
-//   ids [N]   row_map [N]   expert_offsets [E + 1]   slot_of_row [N]: the rows before
+//   ids [N]   row_map [N]   expert_offsets [E + 1]   slot_of_row [N] or null: the rows before
 //   expert_offsets[E] are written
 template <class Id>
 void make_plan(
@@ -42,7 +42,7 @@ void make_plan(
     const int64_t slot = order ? order[i] : i;
     const Id id = ids[slot];
     row_map[slot] = is_valid(id, E) ? static_cast<int32_t>(next[id]++) : -1;
-    if (row_map[slot] >= 0) slot_of_row[row_map[slot]] = static_cast<int32_t>(slot);
+    if (slot_of_row && row_map[slot] >= 0) slot_of_row[row_map[slot]] = static_cast<int32_t>(slot);
   }
 }
 
@@ -58,21 +58,24 @@ inline std::vector<int32_t> order_by_token(const int64_t* tokens, int64_t P, int
   return order;
 }
 
-// What is wrong with a row_map.
+// What is wrong with a row_map, and the row that is.
 enum class RowMapFault { kNone, kOutside, kTwice };
+struct RowMapCheck {
+  RowMapFault fault;
+  int32_t row;
+};
 
-// take(slot, row) for every slot that has a row says whether it is the row's first. Stops at the
-// first slot whose row is neither -1 nor in [0, num_rows), or was named before: `row` is that row.
+// take(slot, row), called for every slot with a row, returns whether no slot had that row before.
+// Stops at the first slot whose row is neither -1 nor in [0, num_rows), or was named before.
 template <class Fn>
-RowMapFault for_slots(
-    const int32_t* row_map, int64_t num_slots, int64_t num_rows, int32_t* row, const Fn& take) {
+RowMapCheck for_slots(const int32_t* row_map, int64_t num_slots, int64_t num_rows, const Fn& take) {
   for (int64_t slot = 0; slot < num_slots; ++slot) {
-    *row = row_map[slot];
-    if (*row == -1) continue;
-    if (*row < 0 || *row >= num_rows) return RowMapFault::kOutside;
-    if (!take(static_cast<int32_t>(slot), *row)) return RowMapFault::kTwice;
+    const int32_t row = row_map[slot];
+    if (row == -1) continue;
+    if (row < 0 || row >= num_rows) return {RowMapFault::kOutside, row};
+    if (!take(static_cast<int32_t>(slot), row)) return {RowMapFault::kTwice, row};
   }
-  return RowMapFault::kNone;
+  return {RowMapFault::kNone, -1};
 }
 
 // permuted[row_map[t, k]] = tokens[t] for the tokens [begin, end), rows of row_bytes.

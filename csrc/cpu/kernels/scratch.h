@@ -1,4 +1,4 @@
-// Scratch memory of a thread, handed out in parts.
+// Scratch memory of a thread, handed out in arrays.
 #pragma once
 
 #include <cstdint>
@@ -6,15 +6,15 @@
 namespace moe_ext::cpu::kernels {
 namespace {
 
-// Each part is aligned to a cache line.
+// Each array is aligned to a cache line.
 class Scratch {
  public:
   explicit Scratch(void* buffer) : at_(static_cast<char*>(buffer)) {}
   template <class T>
   T* take(int64_t count) {
-    T* part = reinterpret_cast<T*>(at_);
+    T* array = reinterpret_cast<T*>(at_);
     at_ += bytes<T>(count);
-    return part;
+    return array;
   }
   template <class T>
   static constexpr int64_t bytes(int64_t count) {

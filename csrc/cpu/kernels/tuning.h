@@ -36,8 +36,8 @@ constexpr int64_t kSplitN = kBlockN / 2;
 // Rows: train at E = 64 and 128.
 constexpr int64_t kMaxNBlocks = 4;
 
-// Terms of a packed panel: 512 steps of 64 columns of bf16 pairs are 64 KiB, of floats 128 KiB,
-// which stay in L2 beside the rows; half as many when several blocks share it. Rows: forward.
+// Terms of a packed panel: 512 terms of 64 columns are 64 KiB of bf16 or 128 KiB of floats, which
+// stay in L2 beside the rows; half as many when several blocks share it. Rows: forward.
 constexpr int64_t kBlockK = 512;
 constexpr int64_t kWideBlockK = 256;
 

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/host_device.h"
 #include "cuda/kernels/kernels.h"
 #include "cuda/kernels/launch.cuh"
 #include "cuda/kernels/tuning.cuh"

@@ -4,7 +4,7 @@ namespace moe_ext::cuda::kernels {
 namespace {
 
 template <class T, int kPack>
-__global__ void finish_rows_kernel(
+__global__ void weigh_rows_kernel(
     RowGroups groups, const T* bias, const Compute<T>* weights, int64_t N, T* rows) {
   using P = Pack<T, kPack>;
   each_segment<kPack>(groups.num_rows, N, [&](int64_t row, int64_t first, int64_t last) {
@@ -67,7 +67,7 @@ __global__ void sum_rows_kernel(
 
 }  // namespace
 
-void finish_rows(
+void weigh_rows(
     const RowGroups& groups, const void* bias, const void* weights, int64_t N, void* rows,
     cudaStream_t stream) {
   if (groups.num_rows == 0 || N == 0) return;
@@ -79,8 +79,8 @@ void finish_rows(
         N,
         [&](auto pack) {
           launch(
-              finish_rows_kernel<T, pack()>, segment_blocks(groups.num_rows, N, pack()), kThreads,
-              0, stream, groups, bias_data, static_cast<const Compute<T>*>(weights), N, data);
+              weigh_rows_kernel<T, pack()>, segment_blocks(groups.num_rows, N, pack()), kThreads, 0,
+              stream, groups, bias_data, static_cast<const Compute<T>*>(weights), N, data);
         },
         bias_data, data);
   });

@@ -163,7 +163,7 @@ void zero_idle_experts(const RowGroups& groups, int64_t size, void* grad, cudaSt
 
 // rows[r] = weights[r] * (rows[r] + bias[e]), zeros at or past offsets[E]. weights [num_rows] in
 // the compute type and bias [E, N] may be null.
-void finish_rows(
+void weigh_rows(
     const RowGroups& groups, const void* bias, const void* weights, int64_t N, void* rows,
     cudaStream_t stream);
 // sum[e] = the sum over e's rows of weight(r) * rows[r], rows [num_rows, N]. weight(r) is

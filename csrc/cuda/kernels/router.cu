@@ -3,7 +3,8 @@
 namespace moe_ext::cuda::kernels {
 namespace {
 
-// Warps of a block, a token each: 4 rows of 1024 fp32 scores just pass 32 KiB of shared memory, so
+// Warps of a block, a token each: 4 tokens of 1024 experts, 2 E + K fp32 numbers each, just pass
+// 32 KiB of shared memory, so
 // that most routers still have several blocks an SM. Fewer where they would not fit.
 // (No row: the benchmark's experts are given. Its --profile has the router.)
 constexpr int kMostWarps = 4;

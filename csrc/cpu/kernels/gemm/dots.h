@@ -2,18 +2,17 @@
 // lies, and a tile's sums run over the terms by vectors (dot products).
 #pragma once
 
-#include "cpu/kernels/gemm/formats/dense.h"
+#include "cpu/kernels/gemm/operands.h"
 #include "cpu/kernels/gemm/prefetch.h"
 #include "cpu/kernels/simd/shuffle.h"
 
 namespace moe_ext::cpu::kernels {
 namespace {
 
-// W: the format of B.
+// W: the format of B (formats/).
 template <class W>
 struct Dots : W::Operands {
   using O = typename W::Operands;
-  using S = typename W::Element;
   using Columns = typename W::Columns;
   using O::kLanes;
   using O::kTermsPerStep;
@@ -23,7 +22,7 @@ struct Dots : W::Operands {
   using typename O::OperandReg;
   using typename O::Reg;
 
-  // Terms of a block: the copied rows of kMaxDotM stay in the nearest two caches.
+  // Terms of a block: the copied rows of kMaxDotM stay in L2.
   static constexpr int64_t kBlockTerms = 64 * kLanes * kTermsPerStep;
   // Bytes. The hardware's own prefetching stops at the end of a page.
   static constexpr int64_t kStreamAhead = 3072;
@@ -36,7 +35,7 @@ struct Dots : W::Operands {
 
   // Two at least, so that one pass over b leaves time to fetch the next.
   static int64_t m_tiles_of(int64_t rows) {
-    return larger((rows + kTileM - 1) / kTileM, smaller(rows, 2));
+    return larger(ceil_div(rows, kTileM), smaller(rows, 2));
   }
 
   // c (+)= dot products of all rows and columns over the terms [first, first + terms), which a
@@ -63,14 +62,13 @@ struct Dots : W::Operands {
       Prefetcher& prefetcher) {
     constexpr int kSums = kM >= 4 ? 1 : 4 / kM;
     for (int split = 0; split < 2; ++split, c += kSplitN) {
-      const S* data = b.data[split] + first;
-      const auto col = [&](int64_t n) { return data + n * b.n_stride; };
       int64_t n = 0;
       for (; !stream && n + kTileVecs <= b.count[split]; n += kTileVecs) {
-        tile<kM, kTileVecs, 1>(a, col(n), b.n_stride, terms, c + n, first > 0, prefetcher);
+        tile<kM, kTileVecs, 1>(
+            a, W::terms(b, split, n, first), terms, c + n, first > 0, prefetcher);
       }
       for (; n < b.count[split]; ++n) {
-        tile<kM, 1, kSums>(a, col(n), b.n_stride, terms, c + n, first > 0, prefetcher);
+        tile<kM, 1, kSums>(a, W::terms(b, split, n, first), terms, c + n, first > 0, prefetcher);
       }
     }
   }
@@ -79,7 +77,7 @@ struct Dots : W::Operands {
   // few products need several sums each, or every multiply-add would wait for the one before.
   template <int kM, int kN, int kSums>
   static MOE_NOINLINE void tile(
-      const char* const* a, const S* b, int64_t n_stride, int64_t terms, C* c, bool accumulate,
+      const char* const* a, const typename W::Terms b, int64_t terms, C* c, bool accumulate,
       Prefetcher& prefetcher) {
     constexpr int64_t kTerms = kLanes * kTermsPerStep;
     constexpr int64_t kBytes = kLanes * sizeof(Operand);
@@ -95,7 +93,7 @@ struct Dots : W::Operands {
         for (int p = 0; p < kSums; ++p, k += kTerms, at += kBytes) {
           OperandReg w[kN];
           if (kFetch == 0) {
-            __builtin_prefetch(reinterpret_cast<const char*>(b + k) + kStreamAhead, 0, 2);
+            __builtin_prefetch(reinterpret_cast<const char*>(b.at(0, k)) + kStreamAhead, 0, 2);
           }
 #pragma GCC unroll 4
           for (int n = 0; n < kN; ++n) {
@@ -103,7 +101,7 @@ struct Dots : W::Operands {
               __builtin_prefetch(line, 0, 2);
               line += line_step;
             }
-            w[n] = W::load_terms(b + n * n_stride + k, kTerms);
+            w[n] = b.load(n, k, kTerms);
           }
 #pragma GCC unroll 8
           for (int m = 0; m < kM; ++m) {
@@ -128,7 +126,7 @@ struct Dots : W::Operands {
         }
 #pragma GCC unroll 4
         for (int n = 0; n < kN; ++n) {
-          sum[0][m][n] = multiply_add(x, W::load_terms(b + n * n_stride + k, left), sum[0][m][n]);
+          sum[0][m][n] = multiply_add(x, b.load(n, k, left), sum[0][m][n]);
         }
       }
     }

@@ -2,6 +2,7 @@
 // packed, a block of rows at a time, and the tiles of a product run over them.
 #pragma once
 
+#include "cpu/kernels/gemm/formats/dense.h"
 #include "cpu/kernels/gemm/pack.h"
 #include "cpu/kernels/gemm/tile.h"
 #include "cpu/kernels/scratch.h"
@@ -12,7 +13,8 @@ namespace {
 template <class S>
 struct GradWeights : Operands<S> {
   using O = Operands<S>;
-  using P = Pack<Dense<S>>;
+  using F = Dense<S>;
+  using P = Pack<F>;
   using O::kLanes;
   using O::kPanelN;
   using O::kPanelSplitN;
@@ -41,17 +43,17 @@ struct GradWeights : Operands<S> {
     for (int64_t first = begin; first < end; first += block) {
       const int64_t terms = smaller(end - first, block);
       const int64_t steps = steps_of(terms);
-      P::rows(
-          from(left, first, left_col), left.stride, index_from(left, first), M,
-          (M + kLanes - 1) / kLanes * kLanes, terms, packed, kLanes, steps * kLanes);
+      P::straight(
+          F::steps(left, first, left_col), M, ceil_div(M, kLanes) * kLanes, terms, packed, kLanes,
+          steps * kLanes);
       for (int64_t m = 0; m < M; ++m) {
         row[m] = reinterpret_cast<const char*>(packed + m / kLanes * steps * kLanes + m % kLanes);
       }
       const typename Tile<S>::Rows a{row, M, kLanes * sizeof(Operand), 0, false};
       const bool last = first + terms == end;
       for (int64_t n = 0; n < N; n += kBlockN) {
-        const S* data = from(right, first, right_col + n);
-        const Columns<S> b = neighbours(data, N - n, 1, right.stride, index_from(right, first));
+        const auto columns = F::steps(right, first, right_col + n);
+        const auto b = F::neighbours(columns.first, N - n, 1, right.stride, columns.k_index);
         const bool whole = N - n >= kBlockN;
         const auto store_rows = [&](const C* sums, int64_t first_row, int64_t count, int64_t) {
           S* to = out.out + first_row * out.stride + n;
@@ -72,14 +74,6 @@ struct GradWeights : Operands<S> {
         }
       }
     }
-  }
-
- private:
-  static const S* from(const Rows& rows, int64_t row, int64_t col) {
-    return static_cast<const S*>(rows.data) + (rows.index ? 0 : row * rows.stride) + col;
-  }
-  static const int32_t* index_from(const Rows& rows, int64_t row) {
-    return rows.index ? rows.index + row : nullptr;
   }
 };
 

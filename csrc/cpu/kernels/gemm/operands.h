@@ -1,5 +1,6 @@
-// What a multiply-add takes: fp32 and fp64 as they are; bf16 as pairs of terms where the machine
-// multiplies pairs; otherwise bf16 and fp16 widened to fp32 (exactly) while packing.
+// What a multiply-add takes, by what the tokens are stored as: fp32 and fp64 as they are; bf16 as
+// pairs of terms where the machine multiplies pairs; otherwise bf16 and fp16 widened to fp32
+// (exactly) while packing.
 #pragma once
 
 #include "cpu/kernels/simd/convert.h"
@@ -58,7 +59,7 @@ struct Operands : Multiplied<S> {
   static constexpr int kPanelN = kTileVecs * kLanes;
   static constexpr int kPanelSplitN = kPanelN / 2;
 
-  static int64_t steps_of(int64_t terms) { return (terms + kTermsPerStep - 1) / kTermsPerStep; }
+  static int64_t steps_of(int64_t terms) { return ceil_div(terms, kTermsPerStep); }
 
   static MOE_INLINE OperandReg broadcast(Operand x) { return x - OperandReg{}; }
 

@@ -5,6 +5,8 @@
 // With many rows W is packed, a block of terms at a time, into a panel that tiles run down.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/kernels/gemm/dots.h"
 #include "cpu/kernels/gemm/pack.h"
 #include "cpu/kernels/gemm/tile.h"
@@ -13,12 +15,13 @@
 namespace moe_ext::cpu::kernels {
 namespace {
 
-// A, W: the formats of both operands. They may store what they like, but are multiplied as one kind
-// of operand, A's.
+// A, W: the formats of both operands, which are multiplied as one kind of operand. A is dense: its
+// rows are read where they lie.
 template <class A, class W>
 struct Product : A::Operands {
+  static_assert(std::is_same_v<typename A::Operands, typename W::Operands>);
   using O = typename A::Operands;
-  using S = typename A::Element;
+  using S = typename A::Stored;
   using Columns = typename W::Columns;
   using O::kDirect;
   using O::kLanes;
@@ -75,9 +78,9 @@ struct Product : A::Operands {
         const int64_t coming = last ? smaller(terms, block) : smaller(terms - first - count, block);
         const int64_t calls =
             path == Path::kTiles ? tile_calls(rows, count, row_bytes) : dot_calls(rows, count);
-        fetch_block(
-            last ? next : w, n_blocks, last ? 0 : first + count, coming, n_blocks * calls,
-            prefetcher);
+        Prefetcher::LineGrid grids[2];
+        W::line_grids(last ? *next : *w, n_blocks, last ? 0 : first + count, coming, grids);
+        prefetcher.set_block(grids, n_blocks * calls);
       }
       for (int64_t n_block = 0; n_block < n_blocks; ++n_block) {
         C* c_block = c + n_block * rows * kBlockN;
@@ -110,7 +113,7 @@ struct Product : A::Operands {
 
   static Path path_of(int64_t rows, int64_t terms, const Columns& w) {
     const bool few = rows <= Dots<W>::max_m(terms) || (kDirect && w.size() <= kMaxDotN);
-    if (w.k_stride != 1 || !few) return Path::kTiles;
+    if (!w.has_dense_terms() || !few) return Path::kTiles;
     return rows == 1 ? Path::kStream : Path::kDots;
   }
 
@@ -130,7 +133,7 @@ struct Product : A::Operands {
   // would drive each other out of the nearest cache.
   static int64_t row_pitch(int64_t terms) {
     const int64_t bytes = steps_of(terms) * static_cast<int64_t>(sizeof(Operand));
-    return (bytes + MOE_VECTOR_BYTES - 1) / MOE_VECTOR_BYTES * MOE_VECTOR_BYTES + 64;
+    return ceil_div(bytes, MOE_VECTOR_BYTES) * MOE_VECTOR_BYTES + 64;
   }
 
   // `count` terms of a row as operands.
@@ -146,44 +149,15 @@ struct Product : A::Operands {
   }
 
   // Calls of Prefetcher::next while a whole block is computed, without those that the rows take.
-  static int64_t calls_for(int64_t lines) {
-    return (lines + Prefetcher::kLinesPerCall - 1) / Prefetcher::kLinesPerCall;
-  }
+  static int64_t calls_for(int64_t lines) { return ceil_div(lines, Prefetcher::kLinesPerCall); }
   static int64_t tile_calls(int64_t rows, int64_t terms, int64_t row_bytes) {
-    const int64_t tiles = (rows + kTileM - 1) / kTileM;
+    const int64_t tiles = ceil_div(rows, kTileM);
     return kSplitN / kPanelSplitN *
-           (tiles * calls_for(steps_of(terms)) - rows * calls_for((row_bytes + 63) / 64));
+           (tiles * calls_for(steps_of(terms)) - rows * calls_for(ceil_div(row_bytes, 64)));
   }
   static int64_t dot_calls(int64_t rows, int64_t terms) {
     const int64_t vectors = terms / (kLanes * kTermsPerStep);
     return Dots<W>::m_tiles_of(rows) * (kBlockN / kTileVecs) * calls_for(vectors * kTileVecs / 2);
-  }
-
-  // Names the block of `terms` terms of w from `first` on, to be fetched in `calls` calls.
-  static void fetch_block(
-      const Columns* w, int64_t n_blocks, int64_t first, int64_t terms, int64_t calls,
-      Prefetcher& prefetcher) {
-    constexpr int64_t kElement = sizeof(typename W::Element);
-    constexpr int64_t kBytes = 64 * Prefetcher::kLinesPerCall;
-    const auto lines = [](int64_t columns) { return (columns * kElement + 63) / 64; };
-    Prefetcher::LineGrid grids[2];
-    for (int split = 0; split < 2; ++split) {
-      const auto at = reinterpret_cast<const char*>(w->data[split] + first * w->k_stride);
-      if (w->k_stride == 1 && w->n_stride == terms) {  // all in one
-        const int64_t calls_for_all = (w->count[split] * terms * kElement + kBytes - 1) / kBytes;
-        grids[split] = {at, calls_for_all, kBytes, 1, 0, 64};
-      } else if (w->k_stride == 1) {
-        const int64_t calls_per_row = (terms * kElement + kBytes - 1) / kBytes;
-        grids[split] = {at, w->count[split], w->n_stride * kElement, calls_per_row, kBytes, 64};
-      } else {
-        // Neighbouring lines together; with several blocks one line of a row serves them all.
-        const int64_t step = w->k_stride * kElement;
-        const int64_t width =
-            n_blocks > 1 ? split == 0 ? lines(n_blocks * kBlockN) : 0 : lines(w->count[split]);
-        grids[split] = {at, width, 64, calls_for(terms), Prefetcher::kLinesPerCall * step, step};
-      }
-    }
-    prefetcher.set_block(grids, calls);
   }
 };
 

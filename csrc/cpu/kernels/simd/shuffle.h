@@ -8,9 +8,8 @@
 namespace moe_ext::cpu::kernels {
 namespace {
 
-// Transposes a square of kLanes vectors in place: rounds that exchange blocks of Step lanes.
-// Lane i of the result of one exchange: every other block of Step lanes comes from b, and `high`
-// says whether from the blocks of a and b that are even or odd.
+// One exchange of blocks of Step lanes between a and b. Of the result, every other block of Step
+// lanes comes from b, and kHigh says whether from the blocks of a and b that are even or odd.
 template <int Step, bool kHigh, class Reg, int... Lane>
 MOE_INLINE Reg exchange(Reg a, Reg b, std::integer_sequence<int, Lane...>) {
   constexpr int kLanes = sizeof...(Lane);
@@ -29,6 +28,7 @@ MOE_INLINE void transpose_round(Reg (&rows)[kLanes]) {
   }
   if constexpr (Step * 2 < kLanes) transpose_round<Step * 2>(rows);
 }
+// Transposes a square of kLanes vectors in place: rounds of exchanges, each of twice the lanes.
 template <class Reg, int kLanes>
 MOE_INLINE void transpose(Reg (&rows)[kLanes]) {
   transpose_round<1>(rows);
