@@ -119,9 +119,8 @@ void for_slots(const char* op, const at::Tensor& row_map_, int64_t num_rows, con
   check_count(op, "row_map", "slots", row_map_.numel());
   check_count(op, "row_map", "rows", row_map_.size(0));
   const at::Tensor row_map = row_map_.contiguous();
-  int32_t row = 0;
-  const auto fault =
-      kernels::for_slots(row_map.const_data_ptr<int32_t>(), row_map.numel(), num_rows, &row, take);
+  const auto [fault, row] =
+      kernels::for_slots(row_map.const_data_ptr<int32_t>(), row_map.numel(), num_rows, take);
   TORCH_CHECK_INDEX(
       fault != kernels::RowMapFault::kOutside, op, ": row_map must be -1 or in [0, N=", num_rows,
       "), got ", row);

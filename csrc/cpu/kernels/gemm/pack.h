@@ -41,10 +41,12 @@ struct Pack : F::Operands {
     return ceil_div(larger(b.count[0], b.count[1]), kPanelSplitN);
   }
 
+  // By value: what is written could be `from` to the compiler, which would read it again each time.
+
   // `width` (a multiple of kLanes) columns, of which `count` exist. The vectors of columns of a
   // step lie vec_pitch operands apart.
   static void straight(
-      const typename F::Steps& from, int64_t count, int64_t width, int64_t terms, Operand* out,
+      const typename F::Steps from, int64_t count, int64_t width, int64_t terms, Operand* out,
       int64_t pitch, int64_t vec_pitch) {
     constexpr int64_t kFetch = 8;  // terms ahead
     for (int64_t k = 0; k < terms; k += kTermsPerStep, out += pitch) {
@@ -61,7 +63,7 @@ struct Pack : F::Operands {
  private:
   // The same from columns whose terms are dense.
   static void transposed(
-      const typename F::Terms& from, int64_t count, int64_t width, int64_t terms, Operand* out,
+      const typename F::Terms from, int64_t count, int64_t width, int64_t terms, Operand* out,
       int64_t pitch) {
     constexpr int64_t kTerms = kLanes * kTermsPerStep;
     for (int64_t n = 0; n < width; n += kLanes, out += kLanes) {
