@@ -134,7 +134,8 @@ class MoE(HasAuxLoss):
             load_balancing_loss, if it has one (see `TopKRouter`), gives that loss. None: a
             `TopKRouter` of the arguments here.
         score_function, renormalize, scaling_factor, temperature, jitter, num_groups, topk_groups:
-            see `TopKRouter`.
+            see `TopKRouter`. With top_k=1 set renormalize=False: otherwise the only weight is
+            always 1, and the router gets no gradient from the main loss.
         balance: "aux_loss": the load-balancing loss with coefficient aux_loss_coef; "bias": a bias
             that is added to the scores for the choice only and moves by bias_update_rate when
             `router.update_expert_bias()` is called after an optimizer step; "none": without.

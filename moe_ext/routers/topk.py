@@ -17,7 +17,8 @@ class TopKRouter(HasBalance):
     Args:
         hidden_size, num_experts, top_k: H, E, K.
         score_function, renormalize, scaling_factor, num_groups, topk_groups: see
-            `moe_ext.topk_router`.
+            `moe_ext.topk_router`. With top_k=1 set renormalize=False: otherwise the only weight is
+            always scaling_factor, and the router gets no gradient from the main loss.
         temperature: the logits are divided by it before everything else.
         jitter: in training, the router's input (not the experts') is multiplied by noise uniform
             in [1 - jitter, 1 + jitter] (Switch, arXiv 2101.03961).
