@@ -1,8 +1,8 @@
 // The activations of the experts and their derivatives, for the host and for nvcc.
 //
 // To add one: a struct here (value and slope of a function of one variable, or, where gate and up
-// do not factor, value and grad as in Gated), its name in ops/activation.h, and one line in
-// moe_ext/reference.py.
+// do not factor, value and grad as in Gated), an entry of Activation and a case of
+// dispatch_activation; docs/developing.md lists the other files.
 //
 // Comparisons are written so that NaN comes out as NaN.
 #pragma once

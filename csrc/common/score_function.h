@@ -18,7 +18,8 @@
 //                                  together, each its own places. What any of them wrote is seen in
 //                                  fn, and what fn wrote is seen by all; other places are private.
 //
-// To add one: a struct here, its name in ops/score_function.h, one line in moe_ext/reference.py.
+// To add one: a struct here with the members of Softmax, an entry of ScoreFunction and a case of
+// dispatch_score_function; docs/developing.md lists the other files.
 #pragma once
 
 #include <cmath>
