@@ -8,14 +8,20 @@
 #   make fuzz    fuzz every operator for a while    make test-sanitized   under sanitizers, too
 #   make gpu-check   all that needs a GPU, with GPU_PYTHON; make bench-cuda   its benchmarks alone
 #   make docs    build the pages of docs/ into build/docs
+#   make test-matrix  the tests with several versions of torch
+#   make check-headers   compile against the headers of another torch, syntax only
 #
 # PYTHON=python3.12   the interpreter of .venv (3.10 or newer)
-# TORCH=torch==2.12   another torch than constraints.txt pins (needs a fresh .venv: make clean)
+# TORCH=torch==2.14.1 another torch than constraints.txt pins: a .venv with another changes to it
+# MATRIX="2.15.0 2.14.1:python3.12"   what test-matrix runs with; each stays in build/matrix
+# HEADERS=torch-....whl   a wheel of torch, or a folder, for check-headers
 # ARGS="..."          passed on to the demo, pytest or the benchmarks
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
+MATRIX ?= 2.11.0 2.13.0 2.14.1 2.15.0
 ARGS ?=
 VENV := .venv
+MADE_FOR := $(shell cat $(VENV)/constraints.txt 2>/dev/null)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -26,14 +32,16 @@ CUDA_KERNELS := $(filter %.cu,$(SOURCES))
 GPU_PYTHON ?= python3
 
 .PHONY: help demo test test-kernels test-emulated test-sanitized fuzz cuda-check gpu-check bench \
-  bench-cpu bench-cuda docs lint format clean setup
+  bench-cpu bench-cuda docs lint format clean setup test-matrix check-headers FORCE
 
 help:
-	@sed -n '2,15s/^# \{0,1\}//p' Makefile
+	@sed -n '2,19s/^# \{0,1\}//p' Makefile
 
 setup: $(VENV)/.built
 
-$(VENV)/.torch: constraints.txt
+# Also if .venv was made for another torch.
+$(VENV)/.torch: constraints.txt $(if $(filter-out $(TORCH),$(MADE_FOR)),FORCE)
+	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "moe_ext: Python 3.10 or newer is needed; name one with PYTHON=..."; exit 1; }
 	@echo "== setting up $(VENV): $(TORCH)"
@@ -49,12 +57,19 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py build_backend.py $(SOURCE
 	@$(PIP) -c $(VENV)/constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 
+# With the headers that HEADERS names, a wheel of torch or a folder, or else the newest at hand.
+check-headers:
+	@PYTHON=$(PYTHON) .ci/check-headers $(HEADERS)
+
 # Starts over each time, but for ARGS=--resume.
 demo: setup
 	$(BIN)/python examples/train_lm.py --overwrite $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+test-matrix:
+	@$(PYTHON) .ci/test_matrix.py --python $(PYTHON) --pytest="$(ARGS)" $(MATRIX)
 
 # One program for each sanitizer, its units compiled side by side; threads for the thread sanitizer.
 test-kernels: build/kernels-address,undefined build/kernels-thread build/cuda-kernels

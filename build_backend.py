@@ -43,7 +43,7 @@ from setuptools.build_meta import (  # noqa: E402, F401
 )
 
 # The one place that says so: the first minor version, and the first that is too new.
-OLDEST_TORCH, NEXT_TORCH = (2, 11), (2, 14)
+OLDEST_TORCH, NEXT_TORCH = (2, 11), (2, 16)
 SUPPORTED_TORCH = "torch>={}.{},<{}.{}".format(*OLDEST_TORCH, *NEXT_TORCH)
 
 # setup.py reads it: an archive of the sources is made without torch and serves every supported one.

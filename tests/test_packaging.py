@@ -109,7 +109,7 @@ def test_a_target_without_cuda_gets_none(backend, monkeypatch, version, expected
     assert seen[1] == "1"
 
 
-@pytest.mark.parametrize("version", ["2.10.2", "1.13.1+cu117", "2.14.0+cpu", "2.15.0.dev20261101"])
+@pytest.mark.parametrize("version", ["2.10.2", "1.13.1+cu117", "2.16.0+cpu", "2.17.0.dev20270201"])
 def test_an_unsupported_torch_of_the_target_is_named(backend, monkeypatch, tmp_path, version):
     fake_torch(tmp_path, version)
     monkeypatch.setattr(backend, "check_compiler", lambda: None)
@@ -123,6 +123,7 @@ def test_an_unsupported_torch_of_the_target_is_named(backend, monkeypatch, tmp_p
     [
         ("2.13.0+cpu", ["2.13.0", "2.13.1+cu130"], ["2.12.1", "2.14.0", "2.14.0.dev1", "2.15.0"]),
         ("2.11.2", ["2.11.0"], ["2.10.2", "2.12.0"]),
+        ("2.15.0+cu132", ["2.15.0", "2.15.1"], ["2.14.1", "2.16.0", "2.16.0.dev1"]),
         # As in images of vendors: pip must not take a release in its place.
         ("2.13.0a0+1f2e3d", ["2.13.0a0+1f2e3d"], ["2.12.1", "2.14.0"]),
     ],
@@ -154,9 +155,14 @@ def test_one_range_of_torch(backend):
     assert backend.SETUPTOOLS in (ROOT / "Makefile").read_text()
     supported = Requirement(backend.SUPPORTED_TORCH).specifier
     (pinned,) = re.findall("^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    (matrix,) = re.findall(r"^MATRIX \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    tested = [tuple(map(int, version.split(".")[:2])) for version in matrix.split()]
+    assert min(tested) == backend.OLDEST_TORCH
+    assert all(version in supported for version in matrix.split())
+    assert f"{max(tested)[0]}.{max(tested)[1] + 1}.0" not in supported
     assert pinned in supported
     backend.check_torch(pinned)
-    for version in ["2.10.2", "2.14.0"]:
+    for version in ["2.10.2", "2.16.0"]:
         assert version not in supported
         with pytest.raises(SystemExit):
             backend.check_torch(version)
@@ -185,8 +191,8 @@ def test_a_missing_torch_is_named():
 
 
 def test_an_unsupported_torch_of_the_build_is_named(tmp_path):
-    result = run_setup("--name", PYTHONPATH=fake_torch(tmp_path, "2.14.0+cpu"))
-    assert_one_line(result, "but torch 2.14.0+cpu is installed", "pip install 'torch>=")
+    result = run_setup("--name", PYTHONPATH=fake_torch(tmp_path, "2.16.0+cpu"))
+    assert_one_line(result, "but torch 2.16.0+cpu is installed", "pip install 'torch>=")
 
 
 def test_a_missing_compiler_is_named(backend, monkeypatch, tmp_path):
