@@ -179,7 +179,7 @@ def draw_curves(trainer, path: Path) -> None:
         for index in range(len(layers)):
             shares = torch.tensor([h["share"][index] for h in history["experts"]]).T
             image = axes[1 + index].imshow(
-                shares * trainer.o.experts,
+                (shares * trainer.o.experts).numpy(),
                 aspect="auto",
                 cmap="RdBu_r",
                 vmin=0,

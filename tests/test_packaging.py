@@ -168,6 +168,23 @@ def test_one_range_of_torch(backend):
             backend.check_torch(version)
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_changes_to_the_torch_that_is_asked_for(tmp_path):
+    """What was built for another is not tested in its place."""
+    (tmp_path / "constraints.txt").write_text("torch==2.13.0\n")
+    for stamp in [".torch", ".built"]:
+        (tmp_path / stamp).touch()
+    for version, is_set_up in [("2.13.0", False), ("2.14.1", True)]:
+        result = subprocess.run(
+            ["make", "--dry-run", "setup", f"VENV={tmp_path}", f"TORCH=torch=={version}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert (f"setting up {tmp_path}: torch=={version}" in result.stdout) == is_set_up
+
+
 def test_an_old_python_is_named():
     result = run("import sys; sys.version_info = (3, 9, 18); import build_backend")
     assert_one_line(result, "Python 3.10 or newer is needed")
