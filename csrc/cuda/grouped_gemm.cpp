@@ -37,7 +37,7 @@ bool torch_takes(const at::Tensor& tensor) {
 }
 
 // Whether at::_grouped_mm has a kernel for these: elsewhere it copies the offsets to the host and
-// goes expert by expert. It is a private function, whose contract is read from torch 2.11 to 2.13.
+// goes expert by expert. It is a private function, whose contract is read from torch 2.11 to 2.15.
 bool torch_serves(const at::Tensor& rows, int64_t num_experts) {
   if (rows.scalar_type() != at::kBFloat16 || num_experts >= 1024) return false;
   int major = 0;

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # For one call; a worker may take ten times as long to start.
-SECONDS_PER_CALL = float(os.environ.get("MOE_EXT_FUZZ_CALL_SECONDS", "30"))
+SECONDS_PER_CALL = float(os.environ.get("MOE_EXT_FUZZ_CALL_SECONDS", "120"))
 TESTS = Path(__file__).resolve().parent.parent
 
 
