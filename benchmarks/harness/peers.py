@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import moe_ext  # noqa: E402
-from moe_ext import reference  # noqa: E402
+from moe_ext import ops, reference  # noqa: E402
 
 from .work import Inputs, Work  # noqa: E402
 
@@ -92,9 +92,9 @@ def _unfused(work: Work, x: Inputs) -> Layer:
 
     def run():
         rows, row_map, offsets = moe_ext.permute(x.tokens, x.ids, work.E)
-        linear = torch.ops.moe_ext._grouped_linear
-        gate, up = linear(rows, offsets, x.gate_up).chunk(2, dim=-1)
-        return moe_ext.unpermute(linear(F.silu(gate) * up, offsets, x.down), row_map, x.weights)
+        gate, up = ops._grouped_linear(rows, offsets, x.gate_up).chunk(2, dim=-1)
+        rows = ops._grouped_linear(F.silu(gate) * up, offsets, x.down)
+        return moe_ext.unpermute(rows, row_map, x.weights)
 
     return Layer(run, x.leaves, x.grad)
 
@@ -135,7 +135,7 @@ def _bmm(work: Work, x: Inputs) -> Layer:
 
 def _grouped_products(work: Work, x: Inputs) -> Layer:
     """The products alone, by torch's grouped product."""
-    offsets = torch.ops.moe_ext._tokens_per_expert(x.ids, work.E).cumsum(0).int()
+    offsets = ops._tokens_per_expert(x.ids, work.E).cumsum(0).int()
     rows, grad = _rows(work, x, work.T * work.K)
 
     def run():

@@ -28,15 +28,12 @@ struct SavedExperts {
   Tensor tokens, weights, row_map, pair_tokens, expert_offsets, hidden;
   Tensor gate_up_proj, down_proj, gate_up_bias, down_bias;
 
-  void set_experts(const Experts& experts) {
+  // With the experts, which the caller has not set.
+  void save(AutogradContext* ctx, const Experts& experts) {
     gate_up_proj = experts.gate_up_proj;
     down_proj = experts.down_proj;
     gate_up_bias = experts.gate_up_bias.value_or(Tensor());
     down_bias = experts.down_bias.value_or(Tensor());
-  }
-
-  void save(AutogradContext* ctx, const Experts& experts) {
-    set_experts(experts);
     ctx->save_for_backward(list());
     ctx->saved_data["activation"] = std::string(experts.activation);
     ctx->saved_data["gated"] = experts.gated;

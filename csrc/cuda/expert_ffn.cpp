@@ -5,6 +5,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <array>
+
 #include "cuda/grouped_gemm.h"
 #include "cuda/unpermute.h"
 

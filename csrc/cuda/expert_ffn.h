@@ -3,8 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <array>
-
 #include "cuda/plan.h"
 #include "ops/expert_ffn.h"
 

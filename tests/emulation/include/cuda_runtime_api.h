@@ -17,8 +17,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
-#define __restrict__
 #define __launch_bounds__(...)
 #define __shared__ static
 
@@ -46,11 +44,6 @@ template <class T>
 T __shfl_up_sync(unsigned, T value, int by) {
   const int lane = emulation::lane();
   return emulation::exchange(value, lane >= by ? lane - by : lane);
-}
-template <class T>
-T __shfl_down_sync(unsigned, T value, int by) {
-  const int lane = emulation::lane();
-  return emulation::exchange(value, lane + by < emulation::kWarp ? lane + by : lane);
 }
 inline unsigned __ballot_sync(unsigned, bool vote) {
   const auto& said = emulation::meet(emulation::warp(), emulation::lane(), vote);

@@ -52,8 +52,7 @@ struct GradWeights : Operands<S> {
       const typename Tile<S>::Rows a{row, M, kLanes * sizeof(Operand), 0, false};
       const bool last = first + terms == end;
       for (int64_t n = 0; n < N; n += kBlockN) {
-        const auto columns = F::steps(right, first, right_col + n);
-        const auto b = F::neighbours(columns.first, N - n, 1, right.stride, columns.k_index);
+        const auto b = F::columns(right, first, right_col + n, N - n);
         const bool whole = N - n >= kBlockN;
         const auto store_rows = [&](const C* sums, int64_t first_row, int64_t count, int64_t) {
           S* to = out.out + first_row * out.stride + n;

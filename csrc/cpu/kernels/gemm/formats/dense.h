@@ -36,18 +36,6 @@ struct Dense {
     bool has_dense_terms() const { return k_stride == 1 && !k_index; }
   };
 
-  // Neighbours, of which `left` exist.
-  static MOE_INLINE Columns neighbours(
-      const S* data, int64_t left, int64_t n_stride, int64_t k_stride,
-      const int32_t* k_index = nullptr) {
-    return {
-        {data, data + kSplitN * n_stride},
-        {smaller(left, kSplitN), larger(smaller(left - kSplitN, kSplitN), 0)},
-        n_stride,
-        k_stride,
-        k_index};
-  }
-
   // The columns from n on of an expert's matrix with N of them.
   static Columns columns(const Weights& weights, int64_t expert, int64_t n, int64_t N) {
     return neighbours(
@@ -134,6 +122,12 @@ struct Dense {
     return {data + row * rows.stride, rows.stride, nullptr};
   }
 
+  // The same by columns, of which `left` exist.
+  static Columns columns(const Rows& rows, int64_t row, int64_t col, int64_t left) {
+    const Steps terms = steps(rows, row, col);
+    return neighbours(terms.first, left, 1, terms.k_stride, terms.k_index);
+  }
+
   // The lines of the terms [first, first + terms) of n_blocks blocks side by side, of which b is
   // the first.
   static void line_grids(
@@ -160,6 +154,18 @@ struct Dense {
   }
 
  private:
+  // Neighbours, of which `left` exist.
+  static MOE_INLINE Columns neighbours(
+      const S* data, int64_t left, int64_t n_stride, int64_t k_stride,
+      const int32_t* k_index = nullptr) {
+    return {
+        {data, data + kSplitN * n_stride},
+        {smaller(left, kSplitN), larger(smaller(left - kSplitN, kSplitN), 0)},
+        n_stride,
+        k_stride,
+        k_index};
+  }
+
   static const S* of_expert(const Weights& weights, int64_t expert) {
     return static_cast<const S*>(weights.data) + expert * weights.expert_stride;
   }
