@@ -26,7 +26,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 FORMATTED := $(SOURCES) $(shell find tests benchmarks -name "*.cpp" -o -name "*.h" -o -name "*.cuh")
-CPU_KERNELS := $(filter csrc/cpu/kernels/%.cpp,$(SOURCES))
+CPU_KERNELS := $(filter csrc/cpu/kernels/%.cpp csrc/cpu/memory/%.cpp,$(SOURCES))
 CUDA_KERNELS := $(filter %.cu,$(SOURCES))
 
 GPU_PYTHON ?= python3

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/kernels/kernels.h"
+#include "cpu/memory/block_cache.h"
 
 namespace {
 
@@ -26,6 +27,16 @@ pybind11::dict build_info() {
   return info;
 }
 
+pybind11::dict memory_stats() {
+  const auto stats = moe_ext::cpu::memory::BlockCache::instance().stats();
+  pybind11::dict dict;
+  dict["bytes_in_use"] = stats.bytes_in_use;
+  dict["bytes_held"] = stats.bytes_held;
+  dict["hits"] = stats.hits;
+  dict["misses"] = stats.misses;
+  return dict;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -38,4 +49,12 @@ PYBIND11_MODULE(_C, m) {
       "set_cpu_isa",
       [](const std::string& name) { return moe_ext::cpu::kernels::set_isa(name.c_str()); },
       "Caps the instruction set; False if this machine lacks it.");
+  m.def("memory_stats", &memory_stats, "Of the cache of large blocks.");
+  m.def(
+      "empty_cache", [] { moe_ext::cpu::memory::BlockCache::instance().empty(); },
+      "Gives back the blocks that are held.");
+  m.def(
+      "set_memory_limit",
+      [](int64_t bytes) { moe_ext::cpu::memory::BlockCache::instance().set_limit(bytes); },
+      "The most bytes that are held.");
 }

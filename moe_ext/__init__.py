@@ -55,6 +55,7 @@ _check_torch(_C.build_info()["torch"], torch.__version__)
 from moe_ext import _flops, reference  # noqa: E402, F401
 from moe_ext.aux_loss import set_aux_loss_scale, total_aux_loss  # noqa: E402
 from moe_ext.experts import GroupedExperts  # noqa: E402
+from moe_ext.memory import empty_cache, memory_stats, set_memory_limit  # noqa: E402
 from moe_ext.moe import MoE, MoEConfig  # noqa: E402
 from moe_ext.ops import (  # noqa: E402
     expert_ffn,
@@ -115,9 +116,11 @@ __all__ = [
     "__version__",
     "build_info",
     "cpu_isa",
+    "empty_cache",
     "expert_ffn",
     "hash_ids",
     "load_balancing_loss",
+    "memory_stats",
     "moe_ffn",
     "param_groups",
     "permute",
@@ -125,6 +128,7 @@ __all__ = [
     "router_z_loss",
     "set_aux_loss_scale",
     "set_cpu_isa",
+    "set_memory_limit",
     "topk_router",
     "total_aux_loss",
     "unpermute",

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CPP_LAYERS = {
     "common": {"allowed": {"common"}, "torch": False},
     "ops": {"allowed": {"common", "ops"}, "torch": True},
-    "cpu": {"allowed": {"common", "ops", "cpu", "cpu/kernels"}, "torch": True},
+    "cpu": {"allowed": {"common", "ops", "cpu", "cpu/kernels", "cpu/memory"}, "torch": True},
+    "cpu/memory": {"allowed": {"cpu/memory"}, "torch": False},
     "cpu/kernels": {
         "allowed": {
             "common",
@@ -47,7 +48,7 @@ CPP_LAYERS = {
     "autograd": {"allowed": {"autograd"}, "torch": True},
     "autocast": {"allowed": {"ops"}, "torch": True},
     "functorch": {"allowed": set(), "torch": True},
-    "": {"allowed": {"cpu/kernels"}, "torch": True},  # schema.cpp, module.cpp
+    "": {"allowed": {"cpu/kernels", "cpu/memory"}, "torch": True},  # schema.cpp, module.cpp
 }
 TORCH = re.compile(r"^(ATen|c10|torch)/")
 INCLUDE = re.compile(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', re.MULTILINE)
@@ -61,6 +62,7 @@ PYTHON_LAYERS = {
         "_version",
         "aux_loss",
         "experts",
+        "memory",
         "moe",
         "ops",
         "reference",
@@ -72,6 +74,7 @@ PYTHON_LAYERS = {
     "_flops": set(),
     "_messages": set(),
     "_version": set(),
+    "memory": {"_C", "_messages"},
     "ops": set(),
     "reference": set(),
     "aux_loss": {"_buffers", "_messages", "ops"},

@@ -1,7 +1,6 @@
 #include "ops/aux_loss.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 
 #include <numeric>
 #include <vector>
@@ -162,7 +161,7 @@ at::Tensor router_z_loss_backward(
   const at::Tensor mask_tensor = contiguous_in(token_mask, at::kBool);
   const bool* mask = data_or_null<bool>(mask_tensor);
   const int64_t num_tokens = kernels::count_unmasked(mask, logits.size(0));
-  const at::Tensor grad_logits = at::empty_like(logits);
+  const at::Tensor grad_logits = empty_like_contiguous(logits);
   const auto& router = router_kernels_for(dtype);
   const double scale =
       num_tokens > 0 ? grad_loss.item<double>() / static_cast<double>(num_tokens) : 0.0;

@@ -1,11 +1,8 @@
 #include "ops/expert_ffn.h"
 
-#include <ATen/ops/empty.h>
-
 #include <cstring>
 
 #include "cpu/experts.h"
-#include "cpu/huge_pages.h"
 #include "cpu/register.h"
 
 namespace moe_ext::cpu {
@@ -76,11 +73,9 @@ ExpertFfnGrads expert_ffn_backward(
   ExpertFfnGrads outputs = empty_expert_ffn_grads(tokens, weights, experts, output_mask);
   auto& [grad_tokens, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias] =
       outputs;
-  advise_huge_pages(grad_gate_up);
-  advise_huge_pages(grad_down);
   RowGrads grads{grad_tokens, {}, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias};
   if (grad_weights.defined()) {
-    grads.row_weights = at::empty({rows.size()}, tokens.options().dtype(compute));
+    grads.row_weights = empty_result({rows.size()}, tokens.options().dtype(compute));
   }
   experts_backward(
       grad_out, tokens, rows, hidden.value_or(at::Tensor()), experts, parsed, gated, grads);

@@ -1,7 +1,5 @@
 #include "cpu/experts.h"
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 
 #include "cpu/grouped_gemm.h"
@@ -79,7 +77,7 @@ RoutedRows routed_rows(
     rows.token[r] = static_cast<int32_t>(token_of_pair ? token_of_pair[slot] : slot / K);
   }
   const at::Tensor weights = contiguous_in(weights_, compute);
-  rows.weight = at::empty({rows.size()}, weights.options());
+  rows.weight = empty_result({rows.size()}, weights.options());
   MOE_DISPATCH_COMPUTE(compute, "routed_rows", [&] {
     const scalar_t* from = weights.const_data_ptr<scalar_t>();
     scalar_t* to = rows.weight.mutable_data_ptr<scalar_t>();
@@ -109,7 +107,7 @@ void experts_forward(
   const ExpertOperands experts(experts_, gated);
   const at::Tensor tokens = with_dense_rows(tokens_);
   const auto& kernels = kernels_for(tokens.scalar_type());
-  const at::Tensor activated = at::empty({rows.size(), experts.I}, tokens.options());
+  const at::Tensor activated = empty_result({rows.size(), experts.I}, tokens.options());
   const kernels::UpArgs up =
       experts.up_args(activation, rows_of(tokens, rows.token_data()), hidden, activated);
   const kernels::ProductArgs down{
@@ -192,15 +190,15 @@ class Backward {
     const int64_t N = rows_.size();
     const auto options = tokens_.options();
     if (grads_.tokens.defined() || grads_.gate_up_proj.defined() || grads_.gate_up_bias.defined()) {
-      grad_hidden_ = at::empty({N, experts_.width}, options);
+      grad_hidden_ = empty_result({N, experts_.width}, options);
     }
-    if (grads_.down_proj.defined()) weighted_ = at::empty({N, experts_.I}, options);
+    if (grads_.down_proj.defined()) weighted_ = empty_result({N, experts_.I}, options);
     if (grads_.row_weights.defined()) {
-      weight_sums_ = at::empty({column_blocks(experts_.I), N}, grads_.row_weights.options());
+      weight_sums_ = empty_result({column_blocks(experts_.I), N}, grads_.row_weights.options());
     }
     if (!grad_hidden_.defined() && !weighted_.defined() && !weight_sums_.defined()) return;
     recomputes_ = !hidden.defined();
-    hidden_ = recomputes_ ? at::empty({N, experts_.width}, options) : hidden.contiguous();
+    hidden_ = recomputes_ ? empty_result({N, experts_.width}, options) : hidden.contiguous();
   }
 
   kernels::Rows gathered(const at::Tensor& tokens) const {

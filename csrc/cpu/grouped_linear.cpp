@@ -1,7 +1,5 @@
 #include "ops/grouped_linear.h"
 
-#include <ATen/ops/empty.h>
-
 #include "cpu/grouped_gemm.h"
 #include "cpu/operands.h"
 #include "cpu/plan.h"
@@ -49,7 +47,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
       mutable_data_or_null(grad_weight),
       streams(weight.numel() * weight.element_size())};
   if (output_mask[1]) phase.push_back(grad_weights_job(kernels, product, experts));
-  if (output_mask[2]) grad_bias = at::empty({weight.size(0), weight.size(1)}, weight.options());
+  if (output_mask[2]) grad_bias = empty_result({weight.size(0), weight.size(1)}, weight.options());
   const kernels::ColumnSumArgs sum{
       weight.size(1), rows_of(grad_out), nullptr, mutable_data_or_null(grad_bias)};
   if (output_mask[2]) phase.push_back(column_sum_job(kernels, sum, experts));

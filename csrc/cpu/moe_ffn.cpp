@@ -1,7 +1,5 @@
 #include "ops/moe_ffn.h"
 
-#include <ATen/ops/empty.h>
-
 #include "cpu/experts.h"
 #include "cpu/register.h"
 

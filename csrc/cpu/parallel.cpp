@@ -1,10 +1,11 @@
 #include "cpu/parallel.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <atomic>
+
+#include "ops/operands.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -47,7 +48,7 @@ void run_phases(const std::vector<Phase>& phases, int64_t scratch_bytes, double 
 #endif
   constexpr int64_t kLine = 64;
   const int64_t stride = (scratch_bytes + 2 * kLine - 1) / kLine * kLine;
-  const at::Tensor buffer = at::empty({threads * stride + kLine}, at::kByte);
+  const at::Tensor buffer = empty_result({threads * stride + kLine}, at::kByte);
   char* scratch = static_cast<char*>(buffer.mutable_data_ptr());
   scratch += (kLine - reinterpret_cast<uintptr_t>(scratch) % kLine) % kLine;
 

@@ -11,7 +11,7 @@ namespace {
 
 // rows [M, K] weights^T, all in the compute dtype.
 at::Tensor product(const at::Tensor& rows, const kernels::Weights& weights, int64_t N) {
-  const at::Tensor out = at::empty({rows.size(0), N}, rows.options());
+  const at::Tensor out = empty_result({rows.size(0), N}, rows.options());
   grouped_product(rows, {0, rows.size(0)}, weights, {}, out);
   return out;
 }
@@ -46,7 +46,7 @@ std::tuple<at::Tensor, at::Tensor> router_logits_backward(
   }
   if (output_mask[1]) {
     const at::Tensor tokens = with_dense_rows(tokens_.to(dtype));
-    grad_weight = at::empty(weight_.sizes(), tokens.options());
+    grad_weight = empty_result(weight_.sym_sizes(), tokens.options());
     const auto& kernels = kernels_for(dtype);
     const kernels::GradWeightsArgs args{
         weight_.size(0),

@@ -1,7 +1,6 @@
 #include "ops/unpermute.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
 #include "cpu/plan.h"
@@ -34,7 +33,7 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward(
   const std::vector<int32_t> slot_of_row =
       invert_row_map("_unpermute_backward", row_map, rows.size(0));
   at::Tensor grad_rows, grad_weights;
-  if (output_mask[0]) grad_rows = at::empty_like(rows);
+  if (output_mask[0]) grad_rows = empty_like_contiguous(rows);
   if (output_mask[1] && weights.defined()) grad_weights = at::zeros_like(weights);
   const auto& kernels = kernels_for(rows.scalar_type());
   const kernels::UnpermuteGradArgs args{

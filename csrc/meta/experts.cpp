@@ -48,7 +48,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
   check_grouped_linear_backward(grad_out, rows, expert_offsets, weight);
   at::Tensor grad_bias;
   if (output_mask[2]) {
-    grad_bias = at::empty_symint({weight.sym_size(0), weight.sym_size(1)}, weight.options());
+    grad_bias = empty_result({weight.sym_size(0), weight.sym_size(1)}, weight.options());
   }
   return {
       output_mask[0] ? empty_like_contiguous(rows) : at::Tensor(),

@@ -22,8 +22,6 @@
 // gradient.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include <tuple>
 
 #include "ops/checks.h"
@@ -71,7 +69,7 @@ inline std::tuple<at::Tensor, at::Tensor> empty_load_balancing_loss_outputs(
     const at::Tensor& router_probs, const c10::SymInt& num_sequences) {
   const auto options = router_probs.options().dtype(compute_dtype(router_probs.scalar_type()));
   return {
-      at::empty({}, options), at::empty_symint({num_sequences, router_probs.sym_size(1)}, options)};
+      empty_result({}, options), empty_result({num_sequences, router_probs.sym_size(1)}, options)};
 }
 
 inline void check_load_balancing_loss_backward(
@@ -90,7 +88,7 @@ inline void check_load_balancing_loss_backward(
 }
 
 inline at::Tensor empty_grad_router_probs(const at::Tensor& grad_row, const at::Tensor& topk_ids) {
-  return at::empty_symint({topk_ids.sym_size(0), grad_row.sym_size(1)}, grad_row.options());
+  return empty_result({topk_ids.sym_size(0), grad_row.sym_size(1)}, grad_row.options());
 }
 
 inline void check_router_entropy(
@@ -113,7 +111,7 @@ inline void check_router_z_loss(
 
 // Of a mean over the tokens of `rows` [T, E].
 inline at::Tensor empty_mean(const at::Tensor& rows) {
-  return at::empty({}, rows.options().dtype(compute_dtype(rows.scalar_type())));
+  return empty_result({}, rows.options().dtype(compute_dtype(rows.scalar_type())));
 }
 
 inline void check_router_z_loss_backward(
@@ -135,7 +133,7 @@ inline void check_tokens_per_expert(const at::Tensor& topk_ids, const c10::SymIn
 
 inline at::Tensor empty_tokens_per_expert(
     const at::Tensor& topk_ids, const c10::SymInt& num_experts) {
-  return at::empty_symint({num_experts}, topk_ids.options().dtype(at::kLong));
+  return empty_result({num_experts}, topk_ids.options().dtype(at::kLong));
 }
 
 }  // namespace moe_ext

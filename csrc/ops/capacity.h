@@ -11,8 +11,6 @@
 // "position": its earliest slots, all first choices before all second ones (GShard).
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include "ops/checks.h"
 
 namespace moe_ext {
@@ -52,7 +50,7 @@ inline bool check_apply_capacity(
 }
 
 inline at::Tensor empty_kept_ids(const at::Tensor& topk_ids) {
-  return at::empty_symint(topk_ids.sym_sizes(), topk_ids.options().dtype(at::kLong));
+  return empty_result(topk_ids.sym_sizes(), topk_ids.options().dtype(at::kLong));
 }
 
 }  // namespace moe_ext

@@ -13,8 +13,6 @@
 //                                expert_offsets[E] are undefined
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include <array>
 
 #include "ops/activation.h"
@@ -84,7 +82,7 @@ inline Activation check_expert_ffn(
 inline at::Tensor empty_hidden(
     const at::Tensor& tokens, const c10::SymInt& num_rows, const at::Tensor& gate_up_proj,
     bool save_hidden) {
-  return at::empty_symint(
+  return empty_result(
       {save_hidden ? num_rows : c10::SymInt(0), gate_up_proj.sym_size(1)}, tokens.options());
 }
 

@@ -8,8 +8,6 @@
 //                              not read in `rows`
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include "ops/checks.h"
 
 namespace moe_ext {
@@ -32,7 +30,7 @@ inline void check_grouped_linear(
 }
 
 inline at::Tensor empty_grouped_linear(const at::Tensor& rows, const at::Tensor& weight) {
-  return at::empty_symint({rows.sym_size(0), weight.sym_size(1)}, rows.options());
+  return empty_result({rows.sym_size(0), weight.sym_size(1)}, rows.options());
 }
 
 inline void check_grouped_linear_backward(

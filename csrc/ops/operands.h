@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <optional>
 
@@ -29,8 +28,12 @@ inline void* mutable_data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
 }
 
+// A new contiguous tensor. On the CPU cpu/empty_result.cpp allocates it: large ones come from a
+// cache.
+at::Tensor empty_result(c10::SymIntArrayRef sizes, const at::TensorOptions& options);
+
 inline at::Tensor empty_like_contiguous(const at::Tensor& tensor) {
-  return at::empty_symint(tensor.sym_sizes(), tensor.options());
+  return empty_result(tensor.sym_sizes(), tensor.options());
 }
 
 }  // namespace moe_ext

@@ -30,8 +30,6 @@
 //   pair_slots    [P] int64 or none             out           [P]     its dtype
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include <tuple>
 
 #include "common/token_rounding.h"
@@ -95,8 +93,8 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> empty_round_to
   const c10::SymInt P = topk_ids.sym_numel() + padding;
   const auto options = topk_ids.options().dtype(at::kLong);
   return {
-      at::empty_symint({P}, options), at::empty_symint({P}, options),
-      at::empty_symint({P}, options), empty_kept_ids(topk_ids)};
+      empty_result({P}, options), empty_result({P}, options), empty_result({P}, options),
+      empty_kept_ids(topk_ids)};
 }
 
 inline void check_expert_choice(
@@ -120,7 +118,7 @@ inline std::tuple<at::Tensor, at::Tensor> empty_expert_choice_outputs(
   const c10::SymInt E = router_probs.sym_size(1);
   const c10::SymInt P = E * expert_choice_count(router_probs.sym_size(0), E, top_k);
   const auto options = router_probs.options().dtype(at::kLong);
-  return {at::empty_symint({P}, options), at::empty_symint({P}, options)};
+  return {empty_result({P}, options), empty_result({P}, options)};
 }
 
 inline void check_pairs(
@@ -153,7 +151,7 @@ inline void check_pair_weights(
 
 inline at::Tensor empty_pair_weights(
     const at::Tensor& router_probs, const at::Tensor& pair_tokens) {
-  return at::empty_symint({pair_tokens.sym_size(0)}, router_probs.options());
+  return empty_result({pair_tokens.sym_size(0)}, router_probs.options());
 }
 
 inline void check_pair_weights_backward(
@@ -175,8 +173,8 @@ inline std::tuple<at::Tensor, at::Tensor> empty_pair_weights_grads(
     const std::array<bool, 2>& mask) {
   const auto options = topk_weights.options();
   return {
-      mask[0] ? at::empty_symint(topk_weights.sym_sizes(), options) : at::Tensor(),
-      mask[1] ? at::empty_symint({topk_weights.sym_size(0), num_experts}, options) : at::Tensor()};
+      mask[0] ? empty_result(topk_weights.sym_sizes(), options) : at::Tensor(),
+      mask[1] ? empty_result({topk_weights.sym_size(0), num_experts}, options) : at::Tensor()};
 }
 
 }  // namespace moe_ext

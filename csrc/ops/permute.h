@@ -11,8 +11,6 @@
 // nothing is read back.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include <tuple>
 
 #include "ops/checks.h"
@@ -34,13 +32,11 @@ inline void check_permute(
 inline std::tuple<at::Tensor, at::Tensor> empty_plan(
     const at::Tensor& topk_ids, const c10::SymInt& num_experts) {
   const auto options = topk_ids.options().dtype(at::kInt);
-  return {
-      at::empty_symint(topk_ids.sym_sizes(), options),
-      at::empty_symint({num_experts + 1}, options)};
+  return {empty_result(topk_ids.sym_sizes(), options), empty_result({num_experts + 1}, options)};
 }
 
 inline at::Tensor empty_permuted_tokens(const at::Tensor& tokens, const at::Tensor& topk_ids) {
-  return at::empty_symint(
+  return empty_result(
       {topk_ids.sym_size(0) * topk_ids.sym_size(1), tokens.sym_size(1)}, tokens.options());
 }
 
@@ -56,7 +52,7 @@ inline void check_permute_backward(const at::Tensor& grad_permuted, const at::Te
 }
 
 inline at::Tensor empty_unpermuted(const at::Tensor& rows, const at::Tensor& row_map) {
-  return at::empty_symint({row_map.sym_size(0), rows.sym_size(1)}, rows.options());
+  return empty_result({row_map.sym_size(0), rows.sym_size(1)}, rows.options());
 }
 
 }  // namespace moe_ext

@@ -6,9 +6,6 @@
 //   logits  [T, E]  fp32 or fp64
 #pragma once
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 #include <array>
 #include <tuple>
 
@@ -33,7 +30,7 @@ inline void check_router_logits(const at::Tensor& tokens, const at::Tensor& weig
 }
 
 inline at::Tensor empty_router_logits(const at::Tensor& tokens, const at::Tensor& weight) {
-  return at::empty_symint(
+  return empty_result(
       {tokens.sym_size(0), weight.sym_size(0)},
       tokens.options().dtype(router_logits_dtype(tokens, weight)));
 }

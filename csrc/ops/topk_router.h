@@ -14,9 +14,6 @@
 // -1 or >= E is skipped (weight 0).
 #pragma once
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 #include <tuple>
 
 #include "ops/checks.h"
@@ -76,8 +73,8 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> empty_topk_router_outputs(
   const auto options = router_logits.options().dtype(compute_dtype(router_logits.scalar_type()));
   const c10::SymInt T = router_logits.sym_size(0);
   return {
-      at::empty_symint({T, top_k}, options), at::empty_symint({T, top_k}, options.dtype(at::kLong)),
-      at::empty_symint({T, router_logits.sym_size(1)}, options)};
+      empty_result({T, top_k}, options), empty_result({T, top_k}, options.dtype(at::kLong)),
+      empty_result({T, router_logits.sym_size(1)}, options)};
 }
 
 inline ScoreFunction check_router_weights(
@@ -94,8 +91,8 @@ inline std::tuple<at::Tensor, at::Tensor> empty_router_weights_outputs(
     const at::Tensor& router_logits, const at::Tensor& topk_ids) {
   const auto options = router_logits.options().dtype(compute_dtype(router_logits.scalar_type()));
   return {
-      at::empty_symint(topk_ids.sym_sizes(), options),
-      at::empty_symint(router_logits.sym_sizes(), options)};
+      empty_result(topk_ids.sym_sizes(), options),
+      empty_result(router_logits.sym_sizes(), options)};
 }
 
 inline ScoreFunction check_router_weights_backward(

@@ -9,8 +9,6 @@
 // and undefined elsewhere.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include "ops/checks.h"
 #include "ops/permute.h"
 

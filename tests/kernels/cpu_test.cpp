@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "cpu/kernels/kernels.h"
+#include "memory_tests.h"
 #include "plain_tests.h"
 #include "shared_tests.h"
 
@@ -397,5 +398,6 @@ int main(int argc, char** argv) {
   context.clear();
   test_activations();
   plain_tests::test_all(random);
+  memory_tests::test_all(std::max(num_threads, 2));
   return finish();
 }
