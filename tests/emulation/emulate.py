@@ -30,6 +30,9 @@ def load() -> None:
         name="moe_ext_emulated",
         sources=[
             *sorted(glob(str(ROOT / "csrc/cuda/*.cpp"))),
+            # Whose results are CPU tensors here.
+            str(ROOT / "csrc/cpu/empty_result.cpp"),
+            *sorted(glob(str(ROOT / "csrc/cpu/memory/*.cpp"))),
             *sorted(glob(str(HERE / "*.cpp"))),
         ],
         extra_include_paths=[str(HERE / "include"), str(ROOT / "csrc")],
