@@ -1,11 +1,12 @@
 // moe_ext._C: importing it runs the operators' registrations. It exposes facts of the build and of
-// the machine and never a tensor; tensors go through the dispatcher.
+// the machine, and the operators, which take tensors to the dispatcher and nowhere else.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
 #include <string>
 
 #include "cpu/kernels/kernels.h"
+#include "python/call.h"
 
 namespace {
 
@@ -38,4 +39,12 @@ PYBIND11_MODULE(_C, m) {
       "set_cpu_isa",
       [](const std::string& name) { return moe_ext::cpu::kernels::set_isa(name.c_str()); },
       "Caps the instruction set; False if this machine lacks it.");
+  m.def(
+      "operator",
+      [](const std::string& name) {
+        PyObject* function = moe_ext::python::make_call(name.c_str());
+        if (!function) throw pybind11::error_already_set();
+        return pybind11::reinterpret_steal<pybind11::object>(function);
+      },
+      "An operator as a function of plain arguments, see csrc/python/call.h.");
 }

@@ -47,7 +47,8 @@ CPP_LAYERS = {
     "autograd": {"allowed": {"autograd"}, "torch": True},
     "autocast": {"allowed": {"ops"}, "torch": True},
     "functorch": {"allowed": set(), "torch": True},
-    "": {"allowed": {"cpu/kernels"}, "torch": True},  # schema.cpp, module.cpp
+    "python": {"allowed": {"python"}, "torch": True},
+    "": {"allowed": {"cpu/kernels", "python"}, "torch": True},  # schema.cpp, module.cpp
 }
 TORCH = re.compile(r"^(ATen|c10|torch)/")
 INCLUDE = re.compile(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', re.MULTILINE)
@@ -72,7 +73,7 @@ PYTHON_LAYERS = {
     "_flops": set(),
     "_messages": set(),
     "_version": set(),
-    "ops": set(),
+    "ops": {"_C"},
     "reference": set(),
     "aux_loss": {"_buffers", "_messages", "ops"},
     "experts": {"_messages", "ops"},
