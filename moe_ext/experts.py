@@ -36,6 +36,7 @@ class _Experts(nn.Module):
         self.activation = activation
         self.gated = gated
         self.recompute = recompute
+        self.has_bias = bias
         self.init_std = init_std
         self._up_name = "gate_up_proj" if gated else "up_proj"
         width = 2 * intermediate_size if gated else intermediate_size
@@ -46,9 +47,6 @@ class _Experts(nn.Module):
         if bias:
             shapes[f"{self._up_name}_bias"] = (*leading, width)
             shapes["down_proj_bias"] = (*leading, hidden_size)
-        else:
-            self.register_parameter(f"{self._up_name}_bias", None)
-            self.register_parameter("down_proj_bias", None)
         for name, shape in shapes.items():
             parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.register_parameter(name, parameter)
@@ -145,8 +143,8 @@ class GroupedExperts(_Experts):
         weights = (getattr(self, self._up_name), self.down_proj)
         self._check_tokens(tokens, weights[1])
         options = {
-            "gate_up_bias": getattr(self, f"{self._up_name}_bias"),
-            "down_bias": self.down_proj_bias,
+            "gate_up_bias": getattr(self, f"{self._up_name}_bias") if self.has_bias else None,
+            "down_bias": self.down_proj_bias if self.has_bias else None,
             "activation": self.activation,
             "gated": self.gated,
             "recompute": self.recompute,

@@ -292,7 +292,7 @@ class MoE(HasAuxLoss):
         y = self.experts(tokens, *self._assignment(routed))
         if self.shared_expert is not None:
             y = y + self.shared_expert(tokens)  # zeros in, zeros out for masked tokens
-        num_sequences = math.prod(x.shape[:-2])
+        num_sequences = 1 if x.dim() == 2 else math.prod(x.shape[:-2])
         asked = return_aux_loss or token_mask is not None or topk_ids is not None
         if not asked and self._waits(router, routed):
             self._record(routed, None, None)
