@@ -47,7 +47,11 @@ def _readable(error: RuntimeError) -> Exception:
 
 def _operator(name: str) -> Callable:
     """`torch.ops.moe_ext.<name>` as a function of all its arguments in the order of the schema,
-    with errors that a reader understands."""
+    with errors that a reader understands.
+
+    Plain arguments take a short way to the dispatcher (csrc/python/call.h): torch.ops takes 2 to 5
+    microseconds to look at those of one call.
+    """
     overload = getattr(torch.ops.moe_ext, name).default
     call_plain = _C.operator(name)
     arguments = overload._schema.arguments

@@ -93,8 +93,8 @@ PyMethodDef kCall{
 PyObject* make_call(const char* name) {
   const std::string full = std::string("moe_ext::") + name;
   // Lives as long as the process, as the operator does.
-  auto* op = new c10::OperatorHandle(
-      c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), ""));
+  auto* op =
+      new c10::OperatorHandle(c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), ""));
   PyObject* capsule = PyCapsule_New(op, nullptr, nullptr);
   if (!capsule) return nullptr;
   PyObject* function = PyCFunction_New(&kCall, capsule);
