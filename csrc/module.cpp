@@ -1,5 +1,5 @@
 // moe_ext._C: importing it runs the operators' registrations. It exposes facts of the build and of
-// the machine and never a tensor; tensors go through the dispatcher.
+// the machine, and the operators, which take tensors to the dispatcher and nowhere else.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
@@ -7,6 +7,7 @@
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/memory/block_cache.h"
+#include "python/call.h"
 
 namespace {
 
@@ -57,4 +58,12 @@ PYBIND11_MODULE(_C, m) {
       "set_memory_limit",
       [](int64_t bytes) { moe_ext::cpu::memory::BlockCache::instance().set_limit(bytes); },
       "The most bytes that are held.");
+  m.def(
+      "operator",
+      [](const std::string& name) {
+        PyObject* function = moe_ext::python::make_call(name.c_str());
+        if (!function) throw pybind11::error_already_set();
+        return pybind11::reinterpret_steal<pybind11::object>(function);
+      },
+      "An operator as a function of plain arguments, see csrc/python/call.h.");
 }

@@ -11,7 +11,9 @@ def writable(module: nn.Module, name: str, like: Tensor) -> Tensor:
     and this is in none), with zeros, or where it comes from inference mode, outside of which
     nobody may write to it.
     """
-    tensor = getattr(module, name)
+    tensor = module._buffers.get(name)  # a tenth of what a module's getattr takes
+    if tensor is None:
+        tensor = getattr(module, name)
     if torch.compiler.is_compiling():
         return tensor
     if tensor.is_meta and not like.is_meta:

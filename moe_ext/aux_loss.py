@@ -1,6 +1,7 @@
 """The auxiliary losses of layers: from the forward that makes one to the loss that takes it."""
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +30,19 @@ class _InjectGradient(torch.autograd.Function):
         return grad, scale.reshape(()), None
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether this forward is a recomputation inside a running backward (checkpointing)."""
     return torch._C._current_graph_task_id() != -1
 
 
 class _Kept:
-    """A forward's loss, and what became of it."""
+    """A forward's loss, or what computes it when it is asked for, and what became of it."""
 
     forwards = 0  # of all layers
 
-    def __init__(self, loss: Tensor, output: Tensor | None) -> None:
+    def __init__(self, loss: Tensor | Callable[[], Tensor], output: Tensor | None) -> None:
         _Kept.forwards += 1
-        self.loss = loss
+        self._loss = loss
         self.is_used = False  # somebody looked at it
         self.is_taken = False  # it was returned, or is in a total
         self.spent_at: int | None = None  # forwards when backward came through its graph
@@ -50,6 +51,12 @@ class _Kept:
             passage = _Passage(self)
             output.register_hook(passage)  # the graph of the output holds it, and nobody else
             self._passage = weakref.ref(passage)
+
+    @property
+    def loss(self) -> Tensor:
+        if not isinstance(self._loss, Tensor):
+            self._loss = self._loss()
+        return self._loss
 
     def take(self) -> Tensor:
         self.is_used = self.is_taken = True
@@ -152,7 +159,7 @@ class HasAuxLoss(nn.Module):
             return self._inject(y, loss)
         if torch.compiler.is_compiling():
             self._keep_compiled(loss, is_taken)
-        elif _in_backward():
+        elif in_backward():
             self._check_recomputed(loss, is_taken)
         else:
             self._keep(y, loss, is_taken)
@@ -186,6 +193,13 @@ class HasAuxLoss(nn.Module):
         if is_taken:
             last.take()
         self.__dict__["_last"] = last  # Module.__setattr__ takes a microsecond
+
+    def _keep_unmade(self, make_loss: Callable[[], Tensor]) -> None:
+        """Holds what computes the loss of a forward in evaluation, which nobody may ask for."""
+        self._adopt_compiled()
+        if self._kept:
+            self._let_go()
+        self.__dict__["_last"] = _Kept(make_loss, None)
 
     def _let_go(self) -> None:
         left = [kept for kept in self._kept if kept.spent_at is None and not kept.is_taken]

@@ -36,6 +36,7 @@ class _Experts(nn.Module):
         self.activation = activation
         self.gated = gated
         self.recompute = recompute
+        self.has_bias = bias
         self.init_std = init_std
         self._up_name = "gate_up_proj" if gated else "up_proj"
         width = 2 * intermediate_size if gated else intermediate_size
@@ -59,9 +60,8 @@ class _Experts(nn.Module):
             else:
                 nn.init.normal_(parameter, std=self.init_std)
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def _check_tokens(self, tokens: Tensor, weight: Tensor) -> None:
         # Here, not in the layer: whoever shards or casts a module does it around its own forward.
-        weight = self.down_proj
         dtype, device = weight.dtype, weight.device
         if tokens.dtype != dtype and not torch.is_autocast_enabled(tokens.device.type):
             raise RuntimeError(
@@ -139,11 +139,12 @@ class GroupedExperts(_Experts):
         With pair_tokens [P] the weights and ids are [P] too: a list of pairs in any order, for
         tokens with a varying number of experts; -1 marks an unused one.
         """
-        self._check_tokens(tokens)
+        # Each once: finding a parameter takes a module a microsecond.
         weights = (getattr(self, self._up_name), self.down_proj)
+        self._check_tokens(tokens, weights[1])
         options = {
-            "gate_up_bias": getattr(self, f"{self._up_name}_bias", None),
-            "down_bias": getattr(self, "down_proj_bias", None),
+            "gate_up_bias": getattr(self, f"{self._up_name}_bias") if self.has_bias else None,
+            "down_bias": self.down_proj_bias if self.has_bias else None,
             "activation": self.activation,
             "gated": self.gated,
             "recompute": self.recompute,
@@ -164,14 +165,15 @@ class SharedExpert(_Experts):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [T, H] -> [T, H]: moe_ffn with one expert, for its small activation memory."""
-        self._check_tokens(tokens)
+        down_proj = self.down_proj
+        self._check_tokens(tokens, down_proj)
         slots = tokens.new_ones(tokens.shape[0], 1)
         return ops.moe_ffn(
             tokens,
             slots,
             torch.zeros_like(slots, dtype=torch.int64),
             getattr(self, self._up_name).unsqueeze(0),
-            self.down_proj.unsqueeze(0),
+            down_proj.unsqueeze(0),
             activation=self.activation,
             gated=self.gated,
             recompute=self.recompute,

@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import math
+import weakref
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,9 @@ from torch import Tensor, nn
 from moe_ext import ops, routers
 from moe_ext._buffers import writable
 from moe_ext._messages import need, need_bool, need_choice, need_int, need_number, need_sizes
-from moe_ext.aux_loss import HasAuxLoss
+from moe_ext.aux_loss import HasAuxLoss, in_backward
 from moe_ext.experts import GroupedExperts, SharedExpert
-from moe_ext.routers import RouterOutput, TopKRouter
+from moe_ext.routers import GivenIdsRouter, RouterOutput, TopKRouter
 from moe_ext.statistics import MoEStats, add_to_monitor
 
 
@@ -76,6 +78,11 @@ _ROUTING = (
     "balance_per",
     "normalize_by_topk",
 )
+
+
+# Of a forward whose loss waits, in float32 a quarter of a megabyte. Beyond it, computing the loss
+# takes no share of the forward worth saving, and a model's layers would hold much.
+_MOST_SCORES = 1 << 16
 
 
 def _check_config(config: MoEConfig) -> None:
@@ -212,6 +219,8 @@ class MoE(HasAuxLoss):
         self._router_takes_mask = "token_mask" in inspect.signature(router.forward).parameters
         # The routers of this package name no experts that are not there.
         self._router_is_ours = type(router).__module__.startswith(f"{routers.__name__}.")
+        # Their outputs are new, and their loss depends on nothing else. (Given ids are the user's.)
+        self._loss_can_wait = self._router_is_ours and not isinstance(router, GivenIdsRouter)
         names = ("activation", "gated", "recompute", "init_std", "device", "dtype")
         ffn = {name: getattr(config, name) for name in names}
         self.experts = GroupedExperts(num_experts, hidden_size, intermediate_size, bias=bias, **ffn)
@@ -271,23 +280,42 @@ class MoE(HasAuxLoss):
             topk_ids: [..., K]: the routing is given; the router still gives the weights.
         """
         self._check_inputs(x, token_mask, topk_ids)
-        tokens = x.reshape(-1, self.hidden_size)
+        tokens = x if x.dim() == 2 else x.reshape(-1, self.hidden_size)
         if token_mask is not None:
             # Masked tokens may hold anything, NaN included: as zeros they reach no gradient.
             token_mask = token_mask.reshape(-1)
             tokens = tokens.masked_fill(~token_mask.unsqueeze(1), 0)
         if topk_ids is not None:
             topk_ids = topk_ids.reshape(tokens.shape[0], topk_ids.shape[-1])
-        routed = self._route(tokens, topk_ids, token_mask)
+        router = self.router
+        routed = self._route(router, tokens, topk_ids, token_mask)
         y = self.experts(tokens, *self._assignment(routed))
         if self.shared_expert is not None:
             y = y + self.shared_expert(tokens)  # zeros in, zeros out for masked tokens
-        loss = self._losses(routed, token_mask, math.prod(x.shape[:-2]))
-        self._record(routed, token_mask, loss)
-        has_loss = self.aux_loss_coef > 0 or self.z_loss_coef > 0
-        y, loss = self._hand_out(y, loss, is_taken=return_aux_loss or not has_loss)
-        y = y.reshape(x.shape)
+        num_sequences = 1 if x.dim() == 2 else math.prod(x.shape[:-2])
+        asked = return_aux_loss or token_mask is not None or topk_ids is not None
+        if not asked and self._waits(router, routed):
+            self._record(routed, None, None)
+            this = weakref.proxy(self)  # or the layer would hold itself
+            self._keep_unmade(partial(type(self)._losses, this, routed, None, num_sequences))
+        else:
+            loss = self._losses(routed, token_mask, num_sequences)
+            self._record(routed, token_mask, loss)
+            has_loss = self.aux_loss_coef > 0 or self.z_loss_coef > 0
+            y, loss = self._hand_out(y, loss, is_taken=return_aux_loss or not has_loss)
+        if x.dim() != 2:
+            y = y.reshape(x.shape)
         return (y, loss) if return_aux_loss else y
+
+    def _waits(self, router: nn.Module, routed: RouterOutput) -> bool:
+        """Whether the loss of this forward is only computed when somebody asks for it: in
+        evaluation, where what it is computed from is small and has no history."""
+        if self.training or self.inject_aux_loss or not self._loss_can_wait:
+            return False
+        if torch.compiler.is_compiling() or in_backward() or router.process_group is not None:
+            return False  # all ranks compute it together
+        probs = routed.router_probs
+        return not probs.requires_grad and probs.numel() <= _MOST_SCORES
 
     def _check_inputs(self, x: Tensor, token_mask: Tensor | None, topk_ids: Tensor | None) -> None:
         if not isinstance(x, Tensor):
@@ -307,12 +335,16 @@ class MoE(HasAuxLoss):
             )
 
     def _route(
-        self, tokens: Tensor, topk_ids: Tensor | None, token_mask: Tensor | None
+        self,
+        router: nn.Module,
+        tokens: Tensor,
+        topk_ids: Tensor | None,
+        token_mask: Tensor | None,
     ) -> RouterOutput:
         """The router's output, without masked tokens whether it knows of masks or not."""
         has_mask = token_mask is not None
         knows = {"token_mask": token_mask} if has_mask and self._router_takes_mask else {}
-        routed = self.router(tokens, topk_ids, **knows)
+        routed = router(tokens, topk_ids, **knows)
         self._check_routed(routed, tokens.shape[0])
         if not has_mask:
             return routed
@@ -352,8 +384,8 @@ class MoE(HasAuxLoss):
         pair_tokens, pair_experts, pair_weights = routed.pairs
         return pair_weights, pair_experts, pair_tokens
 
-    def _record(self, routed: RouterOutput, token_mask: Tensor | None, loss: Tensor) -> None:
-        """Keeps the statistics of this forward."""
+    def _record(self, routed: RouterOutput, token_mask: Tensor | None, loss: Tensor | None) -> None:
+        """Keeps the statistics of this forward; None: a loss in evaluation that waits."""
 
         def count(ids: Tensor) -> Tensor:
             return ops._tokens_per_expert(ids, self.num_experts)
@@ -386,8 +418,9 @@ class MoE(HasAuxLoss):
         """The losses with their coefficients: a float32 scalar."""
         losses = []
         if self.aux_loss_coef:
-            if hasattr(self.router, "load_balancing_loss"):
-                balance = self.router.load_balancing_loss(routed, token_mask, num_sequences)
+            router = self.router
+            if hasattr(router, "load_balancing_loss"):
+                balance = router.load_balancing_loss(routed, token_mask, num_sequences)
             else:
                 ids = routed.topk_ids if routed.chosen_ids is None else routed.chosen_ids
                 balance = ops.load_balancing_loss(routed.router_probs, ids, token_mask=token_mask)

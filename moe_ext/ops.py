@@ -17,13 +17,13 @@ Rules for all of them:
   got. NotImplementedError for second derivatives and torch.vmap.
 """
 
-import functools
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-_ops = torch.ops.moe_ext
+from moe_ext import _C
 
 _WRONG_TYPE = re.compile(
     r"moe_ext::_?(\w+)\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found "
@@ -45,20 +45,53 @@ def _readable(error: RuntimeError) -> Exception:
     return TypeError(f"{operator}: {argument} must be {must_be}, got {got}")
 
 
-def _explained(function):
-    """The function with errors that a reader understands."""
+def _operator(name: str) -> Callable:
+    """`torch.ops.moe_ext.<name>` as a function of all its arguments in the order of the schema,
+    with errors that a reader understands.
 
-    @functools.wraps(function)
-    def call(*args, **kwargs):
+    Plain arguments take a short way to the dispatcher (csrc/python/call.h): torch.ops takes 2 to 5
+    microseconds to look at those of one call.
+    """
+    overload = getattr(torch.ops.moe_ext, name).default
+    call_plain = _C.operator(name)
+    arguments = overload._schema.arguments
+    names = tuple(argument.name for argument in arguments if argument.kwarg_only)
+    first = len(arguments) - len(names)
+
+    def call(*args):
+        # What is compiled needs the overload, and so does what is not plain.
+        if not torch.compiler.is_compiling():
+            result = call_plain(*args)
+            if result is not NotImplemented:
+                return result
         try:
-            return function(*args, **kwargs)
+            return overload(*args[:first], **dict(zip(names, args[first:], strict=True)))
         except RuntimeError as error:
             raise _readable(error) from None
 
     return call
 
 
-@_explained
+_call_topk_router = _operator("topk_router")
+_call_permute = _operator("permute")
+_call_unpermute = _operator("unpermute")
+_call_expert_ffn = _operator("expert_ffn")
+_call_moe_ffn = _operator("moe_ffn")
+_call_load_balancing_loss = _operator("load_balancing_loss")
+_call_router_z_loss = _operator("router_z_loss")
+_call_router_logits = _operator("_router_logits")
+_call_router_weights = _operator("_router_weights")
+_call_tokens_per_expert = _operator("_tokens_per_expert")
+_call_router_entropy = _operator("_router_entropy")
+_call_add_once = _operator("_add_once")
+_call_apply_capacity = _operator("_apply_capacity")
+_call_round_tokens = _operator("_round_tokens")
+_call_expert_choice = _operator("_expert_choice")
+_call_pair_weights = _operator("_pair_weights")
+_call_grouped_linear = _operator("_grouped_linear")
+_call_moe_ffn_pairs = _operator("_moe_ffn_pairs")
+
+
 def topk_router(
     router_logits: Tensor,
     top_k: int,
@@ -91,19 +124,18 @@ def topk_router(
         Weights and probabilities are float32, float64 for float64 logits. A NaN among a token's
         logits makes its weights NaN.
     """
-    return _ops.topk_router.default(
+    return _call_topk_router(
         router_logits,
         top_k,
-        score_function=score_function,
-        renormalize=renormalize,
-        scaling_factor=scaling_factor,
-        expert_bias=expert_bias,
-        num_groups=num_groups,
-        topk_groups=topk_groups,
+        score_function,
+        renormalize,
+        scaling_factor,
+        expert_bias,
+        num_groups,
+        topk_groups,
     )
 
 
-@_explained
 def permute(tokens: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gathers token rows so that the rows of each expert are contiguous.
 
@@ -117,10 +149,9 @@ def permute(tokens: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor,
         row_map [T, K] int32 (permuted_tokens[row_map[t, k]] is tokens[t]; -1 for a skipped slot),
         expert_offsets [E + 1] int32 (expert e owns rows offsets[e] to offsets[e + 1]).
     """
-    return _ops.permute.default(tokens, topk_ids, num_experts)
+    return _call_permute(tokens, topk_ids, num_experts)
 
 
-@_explained
 def unpermute(rows: Tensor, row_map: Tensor, topk_weights: Tensor | None = None) -> Tensor:
     """The weighted sum over k of each token's rows: the inverse of `permute`.
 
@@ -132,10 +163,9 @@ def unpermute(rows: Tensor, row_map: Tensor, topk_weights: Tensor | None = None)
     Returns:
         [T, H] in rows' dtype.
     """
-    return _ops.unpermute.default(rows, row_map, topk_weights)
+    return _call_unpermute(rows, row_map, topk_weights)
 
 
-@_explained
 def expert_ffn(
     rows: Tensor,
     expert_offsets: Tensor,
@@ -167,21 +197,20 @@ def expert_ffn(
     Returns:
         [N, H] in rows' dtype; rows past expert_offsets[E] are zeros.
     """
-    return _ops.expert_ffn.default(
+    return _call_expert_ffn(
         rows,
         expert_offsets,
         gate_up_proj,
         down_proj,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        row_weights=row_weights,
-        activation=activation,
-        gated=gated,
-        recompute=recompute,
+        gate_up_bias,
+        down_bias,
+        row_weights,
+        activation,
+        gated,
+        recompute,
     )
 
 
-@_explained
 def moe_ffn(
     tokens: Tensor,
     topk_weights: Tensor,
@@ -210,21 +239,20 @@ def moe_ffn(
     Returns:
         [T, H] in tokens' dtype.
     """
-    return _ops.moe_ffn.default(
+    return _call_moe_ffn(
         tokens,
         topk_weights,
         topk_ids,
         gate_up_proj,
         down_proj,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        activation=activation,
-        gated=gated,
-        recompute=recompute,
+        gate_up_bias,
+        down_bias,
+        activation,
+        gated,
+        recompute,
     )
 
 
-@_explained
 def load_balancing_loss(
     router_probs: Tensor,
     topk_ids: Tensor,
@@ -252,17 +280,16 @@ def load_balancing_loss(
     Returns:
         A scalar, float32 (float64 for float64); 0 if there is no unmasked token.
     """
-    return _ops.load_balancing_loss.default(
+    return _call_load_balancing_loss(
         router_probs,
         topk_ids,
-        token_mask=token_mask,
-        normalize_by_topk=normalize_by_topk,
-        num_sequences=num_sequences,
-        expert_share=expert_share,
+        token_mask,
+        normalize_by_topk,
+        num_sequences,
+        expert_share,
     )
 
 
-@_explained
 def router_z_loss(router_logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
     """mean_t logsumexp(logits_t)^2 (ST-MoE, arXiv 2202.08906).
 
@@ -273,7 +300,7 @@ def router_z_loss(router_logits: Tensor, *, token_mask: Tensor | None = None) ->
     Returns:
         A scalar, float32 (float64 for float64); 0 if there is no unmasked token.
     """
-    return _ops.router_z_loss.default(router_logits, token_mask=token_mask)
+    return _call_router_z_loss(router_logits, token_mask)
 
 
 # Operators that are no part of the public API, for the modules of this package, which check their
@@ -283,7 +310,7 @@ def router_z_loss(router_logits: Tensor, *, token_mask: Tensor | None = None) ->
 def _router_logits(tokens: Tensor, weight: Tensor) -> Tensor:
     """tokens [T, H], weight [E, H] -> [T, E] in float32 (float64 for float64), summed in that dtype
     under autocast too; differentiable."""
-    return _ops._router_logits.default(tokens, weight)
+    return _call_router_logits(tokens, weight)
 
 
 def _router_weights(
@@ -295,28 +322,28 @@ def _router_weights(
     scaling_factor: float,
 ) -> tuple[Tensor, Tensor]:
     """topk_weights [T, K] and router_probs [T, E] of `topk_router` for ids that are given."""
-    return _ops._router_weights.default(
+    return _call_router_weights(
         router_logits,
         topk_ids,
-        score_function=score_function,
-        renormalize=renormalize,
-        scaling_factor=scaling_factor,
+        score_function,
+        renormalize,
+        scaling_factor,
     )
 
 
 def _tokens_per_expert(topk_ids: Tensor, num_experts: int) -> Tensor:
     """How often each expert stands in topk_ids [T, K]: [E] int64; skipped ids count nowhere."""
-    return _ops._tokens_per_expert.default(topk_ids, num_experts)
+    return _call_tokens_per_expert(topk_ids, num_experts)
 
 
 def _router_entropy(router_probs: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """The mean over the unmasked tokens of -sum_e p_e log p_e: a scalar; not differentiable."""
-    return _ops._router_entropy.default(router_probs, token_mask)
+    return _call_router_entropy(router_probs, token_mask)
 
 
 def _add_once(total: Tensor, value: Tensor) -> None:
     """total += value, unless activation checkpointing runs this forward again."""
-    _ops._add_once.default(total, value)
+    _call_add_once(total, value)
 
 
 def _apply_capacity(
@@ -330,13 +357,13 @@ def _apply_capacity(
 ) -> Tensor:
     """topk_ids [T, K] with -1 for what an expert drops over its capacity, see `TopKRouter`;
     capacity_factor is a float64 scalar."""
-    return _ops._apply_capacity.default(
+    return _call_apply_capacity(
         topk_weights,
         topk_ids,
         capacity_factor,
         num_experts,
-        min_capacity=min_capacity,
-        drop_policy=drop_policy,
+        min_capacity,
+        drop_policy,
     )
 
 
@@ -357,15 +384,15 @@ def _round_tokens(
     "stochastic". Returns pair_tokens, pair_experts and pair_slots [P] (the slot t K + k that a pair
     comes from, -1 for a token that was taken beyond the choice), and kept_ids [T, K].
     """
-    return _ops._round_tokens.default(
+    return _call_round_tokens(
         router_probs,
         topk_weights,
         topk_ids,
-        tile_size=tile_size,
-        rounding=rounding,
-        capacity_factor=capacity_factor,
-        min_capacity=min_capacity,
-        noise=noise,
+        tile_size,
+        rounding,
+        capacity_factor,
+        min_capacity,
+        noise,
     )
 
 
@@ -374,7 +401,7 @@ def _expert_choice(
 ) -> tuple[Tensor, Tensor]:
     """pair_tokens and pair_experts [P]: each expert's min(T, ceil(T K / E)) most probable tokens,
     T being the unmasked ones."""
-    return _ops._expert_choice.default(router_probs, token_mask, top_k)
+    return _call_expert_choice(router_probs, token_mask, top_k)
 
 
 def _pair_weights(
@@ -388,7 +415,7 @@ def _pair_weights(
 ) -> Tensor:
     """The weight [P] of each pair: its slot's, or without one its probability times scaling_factor;
     differentiable in topk_weights and router_probs."""
-    return _ops._pair_weights.default(
+    return _call_pair_weights(
         topk_weights,
         router_probs,
         pair_tokens,
@@ -404,7 +431,7 @@ def _grouped_linear(
 ) -> Tensor:
     """Each row [N, H], grouped by expert as for `expert_ffn`, times its expert's weight [E, W, H],
     plus bias [E, W]: [N, W]."""
-    return _ops._grouped_linear.default(rows, expert_offsets, weight, bias)
+    return _call_grouped_linear(rows, expert_offsets, weight, bias)
 
 
 def _moe_ffn_pairs(
@@ -422,16 +449,16 @@ def _moe_ffn_pairs(
     recompute: str = "activation",
 ) -> Tensor:
     """`moe_ffn` for tokens with a varying number of experts: a list of pairs [P] in any order."""
-    return _ops._moe_ffn_pairs.default(
+    return _call_moe_ffn_pairs(
         tokens,
         pair_weights,
         pair_experts,
         pair_tokens,
         gate_up_proj,
         down_proj,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        activation=activation,
-        gated=gated,
-        recompute=recompute,
+        gate_up_bias,
+        down_bias,
+        activation,
+        gated,
+        recompute,
     )

@@ -48,7 +48,8 @@ CPP_LAYERS = {
     "autograd": {"allowed": {"autograd"}, "torch": True},
     "autocast": {"allowed": {"ops"}, "torch": True},
     "functorch": {"allowed": set(), "torch": True},
-    "": {"allowed": {"cpu/kernels", "cpu/memory"}, "torch": True},  # schema.cpp, module.cpp
+    "python": {"allowed": {"python"}, "torch": True},
+    "": {"allowed": {"cpu/kernels", "cpu/memory", "python"}, "torch": True},  # schema.cpp, module.cpp
 }
 TORCH = re.compile(r"^(ATen|c10|torch)/")
 INCLUDE = re.compile(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', re.MULTILINE)
@@ -75,7 +76,7 @@ PYTHON_LAYERS = {
     "_messages": set(),
     "_version": set(),
     "memory": {"_C", "_messages"},
-    "ops": set(),
+    "ops": {"_C"},
     "reference": set(),
     "aux_loss": {"_buffers", "_messages", "ops"},
     "experts": {"_messages", "ops"},

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -233,6 +234,77 @@ def test_evaluation_between_forward_and_total():
     expected = layer.last_aux_loss.item()
     layer.eval()(torch.randn(30, H))
     assert total_aux_loss(layer.train()).item() == expected and y.requires_grad
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The names of the losses computed so far."""
+    names = []
+    for name in ("load_balancing_loss", "router_z_loss"):
+        function = getattr(moe_ext.ops, name)
+
+        def call(*args, _name=name, _function=function, **kwargs):
+            names.append(_name)
+            return _function(*args, **kwargs)
+
+        monkeypatch.setattr(moe_ext.ops, name, call)
+    return names
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_computes_a_loss_when_it_is_asked_for(computed, mode):
+    layer, x = make_layer().eval(), torch.randn(2, 9, H)
+    with mode():
+        expected = layer(x, return_aux_loss=True)[1].item()
+        computed.clear()
+        layer(torch.randn(4, H))
+        layer(x)
+        assert computed == []
+    assert layer.last_aux_loss.item() == expected > 0
+    assert not layer.last_aux_loss.requires_grad
+    assert total_aux_loss(layer, evaluation=True).item() == expected
+    assert computed == ["load_balancing_loss", "router_z_loss"]
+    assert copy.deepcopy(layer).last_aux_loss is None
+
+
+def test_evaluation_computes_at_once_what_would_be_much_to_keep(computed, monkeypatch):
+    monkeypatch.setattr(moe_ext.moe, "_MOST_SCORES", 20 * E)
+    layer = make_layer().eval()
+    with torch.no_grad():
+        layer(torch.randn(20, H))
+        assert computed == []
+        layer(torch.randn(21, H))
+        assert computed == ["load_balancing_loss", "router_z_loss"]
+
+
+def test_evaluation_computes_at_once_what_hangs_on_tensors_of_the_user(computed):
+    layer, ids = make_layer().eval(), torch.zeros(9, K, dtype=torch.int64)
+    x, mask = torch.randn(9, H), torch.ones(9, dtype=torch.bool)
+    for options in ({"token_mask": mask}, {"topk_ids": ids}):
+        computed.clear()
+        with torch.no_grad():
+            layer(x, **options)
+        assert len(computed) == 2
+        expected = layer.last_aux_loss.item()
+        mask[:5], ids[:] = False, 1
+        assert layer.last_aux_loss.item() == expected
+
+
+def test_a_loss_that_waits_does_not_keep_its_layer():
+    layer = make_layer().eval()
+    with torch.no_grad():
+        layer(torch.randn(9, H))
+    gone = weakref.ref(layer)
+    del layer
+    assert gone() is None
+
+
+def test_a_loss_without_coefficient_is_never_computed(computed):
+    layer, x = make_layer(aux_loss_coef=0.0, z_loss_coef=0.0), torch.randn(9, H)
+    layer(x)
+    assert layer(x, return_aux_loss=True)[1] == 0 == layer.last_aux_loss
+    make_layer(aux_loss_coef=0.0)(x, return_aux_loss=True)
+    assert computed == ["router_z_loss"]
 
 
 # --- reentrant checkpointing --------------------------------------------------------------------

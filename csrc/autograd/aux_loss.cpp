@@ -22,9 +22,11 @@ class LoadBalancingLoss : public torch::autograd::Function<LoadBalancingLoss> {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto [loss, grad_row] = load_balancing_loss_forward(
         router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share);
-    ctx->save_for_backward({grad_row, topk_ids, token_mask.value_or(Tensor())});
-    ctx->saved_data["dtype"] = static_cast<int64_t>(router_probs.scalar_type());
-    ctx->set_materialize_grads(false);
+    if (ctx) {
+      ctx->save_for_backward({grad_row, topk_ids, token_mask.value_or(Tensor())});
+      ctx->saved_data["dtype"] = static_cast<int64_t>(router_probs.scalar_type());
+      ctx->set_materialize_grads(false);
+    }
     return loss;
   }
 
@@ -52,8 +54,10 @@ class RouterZLoss : public torch::autograd::Function<RouterZLoss> {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     static const auto op =
         find_op<Tensor(const Tensor&, const OptionalTensor&)>("moe_ext::router_z_loss");
-    ctx->save_for_backward({router_logits, token_mask.value_or(Tensor())});
-    ctx->set_materialize_grads(false);
+    if (ctx) {
+      ctx->save_for_backward({router_logits, token_mask.value_or(Tensor())});
+      ctx->set_materialize_grads(false);
+    }
     return op.call(router_logits, token_mask);
   }
 
@@ -76,7 +80,7 @@ Tensor load_balancing_loss(
     const Tensor& router_probs, const Tensor& topk_ids, const OptionalTensor& token_mask,
     bool normalize_by_topk, c10::SymInt num_sequences, const OptionalTensor& expert_share) {
   check_defined("load_balancing_loss", {{"router_probs", router_probs}, {"topk_ids", topk_ids}});
-  return LoadBalancingLoss::apply(
+  return apply<LoadBalancingLoss>(
       router_probs, topk_ids, token_mask, normalize_by_topk, num_sequences, expert_share);
 }
 
@@ -89,7 +93,7 @@ Tensor load_balancing_loss_below_autograd(
 
 Tensor router_z_loss(const Tensor& router_logits, const OptionalTensor& token_mask) {
   check_defined("router_z_loss", {{"router_logits", router_logits}});
-  return RouterZLoss::apply(router_logits, token_mask);
+  return apply<RouterZLoss>(router_logits, token_mask);
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ class ExpertFfn : public torch::autograd::Function<ExpertFfn> {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const Experts experts{gate_up_proj, down_proj, gate_up_bias, down_bias, activation, gated};
     const auto [out, hidden] = forward_op(rows, expert_offsets, experts, row_weights, save_hidden);
+    if (!ctx) return out;
     SavedExperts saved;
     saved.tokens = rows;
     saved.weights = row_weights.value_or(Tensor());
@@ -65,7 +66,7 @@ Tensor expert_ffn(
   const Experts experts{gate_up_proj, down_proj, gate_up_bias, down_bias, activation, gated};
   const bool save_hidden = keeps_hidden("expert_ffn", recompute) &&
                            (experts.will_backward() || will_backward(rows, row_weights));
-  return ExpertFfn::apply(
+  return apply<ExpertFfn>(
       rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias, down_bias, row_weights,
       activation, gated, save_hidden);
 }

@@ -2,6 +2,7 @@
 // read a size: what backward needs is carried by saved tensors.
 #pragma once
 
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function.h>
@@ -52,6 +53,10 @@ inline void check_defined(const char* op, std::initializer_list<Argument> argume
   }
 }
 
+template <class T>
+bool requires_grad(const T&) {
+  return false;
+}
 inline bool requires_grad(const Tensor& tensor) { return tensor.requires_grad(); }
 inline bool requires_grad(const OptionalTensor& tensor) {
   return tensor && tensor->requires_grad();
@@ -61,6 +66,28 @@ inline bool requires_grad(const OptionalTensor& tensor) {
 template <class... Tensors>
 bool will_backward(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
+}
+
+template <class T>
+bool has_tangent(const T&) {
+  return false;
+}
+inline bool has_tangent(const Tensor& tensor) {
+  return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
+}
+inline bool has_tangent(const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); }
+
+// F::apply(arguments), or, where no derivative can be asked for, F::forward without a context: the
+// node of a graph, which would be thrown away, takes longer to make than a small operator to run.
+template <class F, class... Args>
+auto apply(const Args&... arguments) {
+  if (will_backward(arguments...) || (has_tangent(arguments) || ...)) {
+    return F::apply(arguments...);
+  }
+  if (const auto& functorch = at::functorch::functorchTLSAccessor()) {
+    functorch->checkSupportsCppAutogradFunction();
+  }
+  return F::forward(nullptr, arguments...);
 }
 
 // needs_input_grad counts the tensors that are defined, so an absent optional shifts the index:

@@ -12,9 +12,11 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
     static const auto op =
         find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&)>(
             "moe_ext::_grouped_linear");
-    ctx->save_for_backward({rows, expert_offsets, weight});
-    ctx->saved_data["has_bias"] = bias.has_value();
-    ctx->set_materialize_grads(false);
+    if (ctx) {
+      ctx->save_for_backward({rows, expert_offsets, weight});
+      ctx->saved_data["has_bias"] = bias.has_value();
+      ctx->set_materialize_grads(false);
+    }
     return op.call(rows, expert_offsets, weight, bias);
   }
 
@@ -45,7 +47,7 @@ Tensor grouped_linear(
     const OptionalTensor& bias) {
   check_defined(
       "_grouped_linear", {{"rows", rows}, {"expert_offsets", expert_offsets}, {"weight", weight}});
-  return GroupedLinear::apply(rows, expert_offsets, weight, bias);
+  return apply<GroupedLinear>(rows, expert_offsets, weight, bias);
 }
 
 }  // namespace

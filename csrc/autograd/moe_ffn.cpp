@@ -27,6 +27,7 @@ class MoeFfn : public torch::autograd::Function<MoeFfn> {
     const Experts experts{gate_up_proj, down_proj, gate_up_bias, down_bias, activation, gated};
     const auto [out, hidden, row_map, expert_offsets] =
         forward_op(tokens, weights, ids, pair_tokens, experts, save_hidden);
+    if (!ctx) return out;
     SavedExperts saved;
     saved.tokens = tokens;
     saved.weights = weights;
@@ -61,7 +62,7 @@ Tensor apply(
     const OptionalTensor& pair_tokens, const Experts& experts, c10::string_view recompute) {
   const bool save_hidden =
       keeps_hidden(name, recompute) && (experts.will_backward() || will_backward(tokens, weights));
-  return MoeFfn::apply(
+  return autograd::apply<MoeFfn>(
       tokens, weights, ids, experts.gate_up_proj, experts.down_proj, experts.gate_up_bias,
       experts.down_bias, pair_tokens, experts.activation, experts.gated, save_hidden);
 }

@@ -14,12 +14,14 @@ class PairWeights : public torch::autograd::Function<PairWeights> {
     static const auto op = find_op<Tensor(
         const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
         c10::SymInt, double)>("moe_ext::_pair_weights");
-    // The probabilities [T, E] are not needed again, only E.
-    ctx->save_for_backward(
-        {topk_weights, pair_tokens, pair_experts, pair_slots.value_or(Tensor())});
-    ctx->saved_data["num_experts"] = num_experts;
-    ctx->saved_data["scaling_factor"] = scaling_factor;
-    ctx->set_materialize_grads(false);
+    if (ctx) {
+      // The probabilities [T, E] are not needed again, only E.
+      ctx->save_for_backward(
+          {topk_weights, pair_tokens, pair_experts, pair_slots.value_or(Tensor())});
+      ctx->saved_data["num_experts"] = num_experts;
+      ctx->saved_data["scaling_factor"] = scaling_factor;
+      ctx->set_materialize_grads(false);
+    }
     return op.call(
         topk_weights, router_probs, pair_tokens, pair_experts, pair_slots, num_experts,
         scaling_factor);
@@ -53,7 +55,7 @@ Tensor pair_weights(
                         {"router_probs", router_probs},
                         {"pair_tokens", pair_tokens},
                         {"pair_experts", pair_experts}});
-  return PairWeights::apply(
+  return apply<PairWeights>(
       topk_weights, router_probs, pair_tokens, pair_experts, pair_slots, num_experts,
       scaling_factor);
 }

@@ -13,9 +13,11 @@ class Permute : public torch::autograd::Function<Permute> {
         find_op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, c10::SymInt)>(
             "moe_ext::permute");
     auto [permuted, row_map, expert_offsets] = op.call(tokens, topk_ids, num_experts);
-    ctx->save_for_backward({row_map});
-    ctx->mark_non_differentiable({row_map, expert_offsets});
-    ctx->set_materialize_grads(false);
+    if (ctx) {
+      ctx->save_for_backward({row_map});
+      ctx->mark_non_differentiable({row_map, expert_offsets});
+      ctx->set_materialize_grads(false);
+    }
     return {permuted, row_map, expert_offsets};
   }
 
@@ -37,7 +39,7 @@ class Permute : public torch::autograd::Function<Permute> {
 std::tuple<Tensor, Tensor, Tensor> permute(
     const Tensor& tokens, const Tensor& topk_ids, c10::SymInt num_experts) {
   check_defined("permute", {{"tokens", tokens}, {"topk_ids", topk_ids}});
-  const auto out = Permute::apply(tokens, topk_ids, num_experts);
+  const auto out = apply<Permute>(tokens, topk_ids, num_experts);
   return {out[0], out[1], out[2]};
 }
 

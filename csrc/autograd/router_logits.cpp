@@ -8,8 +8,10 @@ class RouterLogits : public torch::autograd::Function<RouterLogits> {
   static Tensor forward(AutogradContext* ctx, const Tensor& tokens, const Tensor& weight) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     static const auto op = find_op<Tensor(const Tensor&, const Tensor&)>("moe_ext::_router_logits");
-    ctx->save_for_backward({tokens, weight});
-    ctx->set_materialize_grads(false);
+    if (ctx) {
+      ctx->save_for_backward({tokens, weight});
+      ctx->set_materialize_grads(false);
+    }
     return op.call(tokens, weight);
   }
 
@@ -32,7 +34,7 @@ class RouterLogits : public torch::autograd::Function<RouterLogits> {
 
 Tensor router_logits(const Tensor& tokens, const Tensor& weight) {
   check_defined("_router_logits", {{"tokens", tokens}, {"weight", weight}});
-  return RouterLogits::apply(tokens, weight);
+  return apply<RouterLogits>(tokens, weight);
 }
 
 }  // namespace

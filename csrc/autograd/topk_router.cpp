@@ -8,6 +8,7 @@ namespace {
 void save_router(
     AutogradContext* ctx, const Tensor& router_logits, const Tensor& topk_ids,
     c10::string_view score_function, bool renormalize, double scaling_factor) {
+  if (!ctx) return;
   ctx->save_for_backward({router_logits, topk_ids});
   ctx->saved_data["score_function"] = std::string(score_function);
   ctx->saved_data["renormalize"] = renormalize;
@@ -43,7 +44,7 @@ class TopkRouter : public torch::autograd::Function<TopkRouter> {
         router_logits, top_k, score_function, renormalize, scaling_factor, expert_bias, num_groups,
         topk_groups);
     save_router(ctx, router_logits, ids, score_function, renormalize, scaling_factor);
-    ctx->mark_non_differentiable({ids});
+    if (ctx) ctx->mark_non_differentiable({ids});
     return {weights, ids, probs};
   }
 
@@ -84,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_router(
     bool renormalize, double scaling_factor, const OptionalTensor& expert_bias, int64_t num_groups,
     int64_t topk_groups) {
   check_defined("topk_router", {{"router_logits", router_logits}});
-  const auto out = TopkRouter::apply(
+  const auto out = apply<TopkRouter>(
       router_logits, top_k, score_function, renormalize, scaling_factor, expert_bias, num_groups,
       topk_groups);
   return {out[0], out[1], out[2]};
@@ -95,7 +96,7 @@ std::tuple<Tensor, Tensor> router_weights(
     bool renormalize, double scaling_factor) {
   check_defined("_router_weights", {{"router_logits", router_logits}, {"topk_ids", topk_ids}});
   const auto out =
-      RouterWeights::apply(router_logits, topk_ids, score_function, renormalize, scaling_factor);
+      apply<RouterWeights>(router_logits, topk_ids, score_function, renormalize, scaling_factor);
   return {out[0], out[1]};
 }
 

@@ -11,8 +11,10 @@ class Unpermute : public torch::autograd::Function<Unpermute> {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     static const auto op =
         find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>("moe_ext::unpermute");
-    ctx->save_for_backward({rows, row_map, topk_weights.value_or(Tensor())});
-    ctx->set_materialize_grads(false);
+    if (ctx) {
+      ctx->save_for_backward({rows, row_map, topk_weights.value_or(Tensor())});
+      ctx->set_materialize_grads(false);
+    }
     return op.call(rows, row_map, topk_weights);
   }
 
@@ -39,7 +41,7 @@ class Unpermute : public torch::autograd::Function<Unpermute> {
 
 Tensor unpermute(const Tensor& rows, const Tensor& row_map, const OptionalTensor& topk_weights) {
   check_defined("unpermute", {{"rows", rows}, {"row_map", row_map}});
-  return Unpermute::apply(rows, row_map, topk_weights);
+  return apply<Unpermute>(rows, row_map, topk_weights);
 }
 
 }  // namespace

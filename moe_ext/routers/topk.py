@@ -177,7 +177,7 @@ class TopKRouter(HasBalance):
             score_function=self.score_function,
             renormalize=self.renormalize,
             scaling_factor=self.scaling_factor,
-            expert_bias=self.expert_bias,
+            expert_bias=self._buffers["expert_bias"],
             num_groups=self.num_groups,
             topk_groups=self.topk_groups,
         )
