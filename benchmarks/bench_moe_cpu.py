@@ -1,6 +1,7 @@
 """Experts on the CPU: ours, everyone else's, and the machine's ceilings, taken in turns.
 
-`make bench-cpu` keeps every row in benchmarks/results/moe_cpu-<CPU model>.json and .png.
+`make bench-cpu` keeps every row in benchmarks/results/moe_cpu-<CPU model>.json and .png. Rows are
+of the default environment; those of a process with a tuned allocator say so in their kind.
 Peers that are not installed are left out (zentorch is no dependency of ours: pip install it beside
 torch).
 The outputs of all competitors are compared before; the best round of each counts.
@@ -25,6 +26,7 @@ from harness.results import (
     path_of,
     per_second,
     say,
+    with_allocator,
 )
 from harness.timing import Agreement, Turns
 from harness.work import MODELS, Inputs, Work
@@ -56,6 +58,13 @@ TRAIN = [
     dataclasses.replace(BIG[1], skew=True),
     Work(512, 512, 8, 2, 256, FP16),
     Work(1024, 3584, 8, 2, 1024, FP16),
+    # Equal work per row, more and more experts, 64 rows each.
+    *[Work(1024, 512, E, 8, 64 * E // 8) for E in (8, 64, 512)],
+]
+TRANSPOSED = [  # GPT-OSS's layout
+    (kind, Work(768, 768, 32, 4, T, dtype, transposed=True))
+    for dtype in (BF16, FP32)
+    for kind, T in (("forward", 1), ("forward", 64), ("forward", 512), ("train", 512))
 ]
 SMALL = [Work(64, 128, 8, 2, T, FP32) for T in (1, 64)]
 DECODE = {  # name: (work, layers in turn)
@@ -169,13 +178,55 @@ def test_ablation(benchmark, take_turns, work, kind):
     report(benchmark, f"ablation {kind}", work, turns, flops=work.flops(kind))
 
 
+@pytest.mark.skipif(
+    not hasattr(moe_ext, "set_memory_limit"), reason="no cache of freed memory in this version"
+)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_memory(benchmark, take_turns, dtype):
+    """What reusing freed memory brings a training step. Huge pages stay on."""
+    work = dataclasses.replace(BIG[0], dtype=dtype)
+    if benchmark.disabled:
+        work = work.smoke()
+    x = Inputs.make(work, train=True)
+    step = call_of("train", PEERS["moe_ext"](work, x))
+
+    def choose(name):
+        moe_ext.set_memory_limit(0 if name == "no cache" else None)
+        if name == "moe_ext":
+            step()  # fills what the other's turn emptied
+
+    try:
+        turns = in_turns(take_turns, {"moe_ext": step, "no cache": step}, work, before=choose)
+    finally:
+        moe_ext.set_memory_limit(None)
+    report(benchmark, "ablation memory train", work, turns, flops=work.flops("train"))
+
+
+@pytest.mark.parametrize("kind, work", TRANSPOSED, ids=str)
+def test_transposed(benchmark, take_turns, kind, work):
+    """Weights whose rows and columns are exchanged in memory, beside the usual layout."""
+    if benchmark.disabled:
+        work = work.smoke()
+    train = kind == "train"
+    x = Inputs.make(work, train)
+    usual = Inputs.make(dataclasses.replace(work, transposed=False), train)
+    inputs = {"moe_ext": ("moe_ext", x), "grouped_mm": ("grouped_mm", x)}
+    inputs["row-major"] = ("moe_ext", usual)
+    calls = {
+        name: call_of(kind, PEERS[peer](work, x))
+        for name, (peer, x) in inputs.items()
+        if peer in PEERS
+    }
+    turns = in_turns(take_turns, calls, work)
+    report(benchmark, kind, work, turns, flops=work.flops(kind))
+
+
 def test_peak_memory(benchmark):
     work = BIG[0] if not benchmark.disabled else BIG[0].smoke()
     script = Path(__file__).with_name("peak_memory.py")
 
     def measure(peer):
-        # Without make's allocator settings: what is freed is to be gone.
-        return in_own_process(script, peer, work.H, work.I, work.E, work.K, work.T, env={})
+        return in_own_process(script, peer, work.H, work.I, work.E, work.K, work.T)
 
     peers = [p for p in ("moe_ext", "grouped_mm") if p in PEERS]
     mib = benchmark.pedantic(lambda: {peer: measure(peer) for peer in peers}, rounds=1)
@@ -197,7 +248,7 @@ def keep(row: dict) -> None:
     ceiling, for the rows with one."""
     path = path_of("moe_cpu", cpu_model())
     facts = machine() | {"peers": sorted(PEERS)}
-    rows = keep_row(path, facts, row, ("kind", "work"))
+    rows = keep_row(path, facts, with_allocator(row), ("kind", "work"))
     drawn = [r for r in rows if "ceiling_gflops" in r and not r["kind"].startswith("ablation")]
     drawn = [r for r in drawn if r["of_ceiling"] > 0.2]
     names = [n for n in ("moe_ext", "zentorch", "grouped_mm", "dense") if n in PEERS]

@@ -1,5 +1,6 @@
 """The benchmarks' own logic: turns, the comparison before them, and files of results."""
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -17,6 +18,7 @@ from harness.timing import Agreement, Disagreement, Turns
 from harness.work import Inputs, Work
 
 WORK = Work(H=32, I=16, E=4, K=2, T=24, dtype=torch.float32)
+TRANSPOSED = dataclasses.replace(WORK, transposed=True)
 
 
 class Clock:
@@ -78,13 +80,29 @@ def test_before_is_told_who_is_next():
     assert told == ["a", "b"]
 
 
+@pytest.mark.parametrize("work", [WORK, TRANSPOSED], ids=str)
 @pytest.mark.parametrize("kind", ["forward", "train"])
-def test_peers_agree(kind):
-    x = Inputs.make(WORK, kind == "train")
+def test_peers_agree(kind, work):
+    x = Inputs.make(work, kind == "train")
     agreement = Agreement(WORK.dtype, UNLIKE)
     for name in ("moe_ext", "reference", "unfused", "grouped_mm", "eager", "dense", "bmm"):
         if name in PEERS:
-            agreement.check(name, call_of(kind, PEERS[name](WORK, x))())
+            agreement.check(name, call_of(kind, PEERS[name](work, x))())
+
+
+def test_transposed_weights_are_the_same_numbers():
+    usual, transposed = (Inputs.make(work, train=True) for work in (WORK, TRANSPOSED))
+    for name in ("gate_up", "down"):
+        a, b = getattr(usual, name), getattr(transposed, name)
+        assert torch.equal(a, b) and b.is_leaf
+        assert a.is_contiguous() and b.mT.is_contiguous()
+
+
+def test_a_train_step_leaves_no_gradients_and_gives_them_in_the_leaves_layout():
+    layer = PEERS["reference"](TRANSPOSED, Inputs.make(TRANSPOSED, train=True))
+    grads = call_of("train", layer)()
+    assert [grad.stride() for grad in grads] == [leaf.stride() for leaf in layer.leaves]
+    assert all(leaf.grad is None for leaf in layer.leaves)
 
 
 def test_a_mix_up_of_experts_shows():
@@ -132,6 +150,17 @@ def test_a_row_replaces_its_like(tmp_path):
     results.keep(path, facts, "monitor", {"us": 1})
     assert json.loads(path.read_text()) == {"machine": facts, "rows": rows, "monitor": {"us": 1}}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_of_a_tuned_allocator_say_so(monkeypatch):
+    for variable in results.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    row = {"kind": "train", "work": "a"}
+    assert results.with_allocator(row) == row
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_max=0")
+    marked = results.with_allocator(row)
+    assert marked["kind"] == "train, tuned allocator" and marked["work"] == "a"
+    assert marked["environment"] == {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0"}
 
 
 def test_results_of_a_model_have_a_file_of_their_own():

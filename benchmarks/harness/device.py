@@ -67,8 +67,8 @@ def _status(field: str) -> int:
     raise KeyError(field)
 
 
-def in_own_process(script: Path, *arguments, env: dict | None = None) -> float:
+def in_own_process(script: Path, *arguments) -> float:
     """The number that a script prints."""
     command = [sys.executable, str(script), *map(str, arguments)]
-    result = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True, text=True)
+    result = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return float(result.stdout)

@@ -157,16 +157,22 @@ UNLIKE = {"dense", "bmm", "_grouped_mm alone"}  # as much work, another result
 
 
 def call_of(kind: str, layer: Layer) -> Callable:
-    """A forward, a train step (a forward and the gradients of all leaves), or a backward alone."""
+    """A forward, a train step (a forward and the gradients of all leaves, in the leaves' own
+    layout, as an optimizer finds them), or a backward alone."""
     if kind == "forward":
         return torch.inference_mode()(layer.run)
-    gradients = lambda out, **options: torch.autograd.grad(  # noqa: E731
-        out, layer.leaves, layer.grad, **options
-    )
+
+    def train():
+        layer.run().backward(layer.grad)
+        grads = [leaf.grad for leaf in layer.leaves]
+        for leaf in layer.leaves:
+            leaf.grad = None
+        return grads
+
     if kind == "train":
-        return lambda: gradients(layer.run())
+        return train
     out = layer.run()
-    return lambda: gradients(out, retain_graph=True)
+    return lambda: torch.autograd.grad(out, layer.leaves, layer.grad, retain_graph=True)
 
 
 def forget() -> None:

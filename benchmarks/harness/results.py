@@ -14,6 +14,8 @@ import torch
 import moe_ext
 
 RESULTS = Path(__file__).parents[1] / "results"
+# What exchanges or tunes the allocator of a process.
+ALLOCATOR_VARIABLES = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_CONF", "THP_MEM_ALLOC_ENABLE")
 
 
 @functools.cache
@@ -62,6 +64,15 @@ def machine(device: str = "cpu") -> dict:
         facts["memory_gib"] = round(properties.total_memory / 2**30)
         facts["cuda"] = torch.version.cuda
     return facts
+
+
+def with_allocator(row: dict) -> dict:
+    """The row; of a process whose allocator is tuned it says so, in its kind too, so that it
+    doesn't replace the row of the default environment."""
+    tuned = {name: os.environ[name] for name in ALLOCATOR_VARIABLES if os.environ.get(name)}
+    if not tuned:
+        return row
+    return row | {"kind": f"{row['kind']}, tuned allocator", "environment": tuned}
 
 
 def path_of(name: str, model: str = "") -> Path:

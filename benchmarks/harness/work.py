@@ -17,7 +17,9 @@ MODELS = {  # (H, I, E, K)
 
 @dataclass(frozen=True)
 class Work:
-    """T tokens through a layer of E gated experts (silu), K per token."""
+    """T tokens through a layer of E gated experts (silu), K per token. skewed: a few experts get
+    most of them; transposed: the weights lie in memory as [E, H, 2I] and [E, I, H], GPT-OSS's way.
+    """
 
     H: int
     I: int
@@ -26,10 +28,12 @@ class Work:
     T: int
     dtype: torch.dtype = torch.bfloat16
     skew: bool = False
+    transposed: bool = False
 
     def __str__(self):
         name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[self.dtype]
-        return f"{name}-H{self.H}-I{self.I}-E{self.E}-K{self.K}-T{self.T}" + "-skewed" * self.skew
+        flags = "-skewed" * self.skew + "-transposed" * self.transposed
+        return f"{name}-H{self.H}-I{self.I}-E{self.E}-K{self.K}-T{self.T}{flags}"
 
     def smoke(self) -> "Work":
         """The same kind of work in no time, to try a benchmark."""
@@ -72,12 +76,14 @@ class Inputs:
             share = torch.linspace(0.5, 1, work.E).to(work.dtype).view(-1, 1, 1)
             gate_up = torch.randn(1, 2 * work.I, work.H).mul_(work.H**-0.5).to(work.dtype)
             down = torch.randn(1, work.H, work.I).mul_(work.I**-0.5).to(work.dtype)
+            weights = [gate_up * share, down * share]
+            if work.transposed:
+                weights = [weight.mT.contiguous().mT for weight in weights]
             return cls(
                 torch.randn(work.T, work.H).to(work.dtype).requires_grad_(train),
                 torch.rand(work.T, work.K).softmax(-1).requires_grad_(train),
                 work.ids(),
-                (gate_up * share).requires_grad_(train),
-                (down * share).requires_grad_(train),
+                *(weight.requires_grad_(train) for weight in weights),
                 torch.randn(work.T, work.H).to(work.dtype),
             )
 

@@ -71,17 +71,20 @@ def experts_forward(
     Returns:
         [T, H] in hidden_states' dtype.
     """
-    up_name = "gate_up_proj" if self.has_gate else "up_proj"
-    up, down = getattr(self, up_name), self.down_proj
-    up_bias = getattr(self, f"{up_name}_bias") if self.has_bias else None
-    down_bias = self.down_proj_bias if self.has_bias else None
+    gated = self.has_gate
+    up, down = self.gate_up_proj if gated else self.up_proj, self.down_proj
+    up_bias = down_bias = None
+    if self.has_bias:
+        up_bias = self.gate_up_proj_bias if gated else self.up_proj_bias
+        down_bias = self.down_proj_bias
     if self.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
-    tokens = hidden_states
-    if not torch.is_autocast_enabled(tokens.device.type):  # autocast casts in the operators
+    tokens, dtype = hidden_states, hidden_states.dtype
+    # Autocast casts in the operators.
+    if dtype != up.dtype and not torch.is_autocast_enabled(tokens.device.type):
         tokens = tokens.to(up.dtype)
-    totals = getattr(self, "_monitor_totals", None)
-    if totals is not None and self.training:
+    # In this order: looking for what a module does not have takes longer than the rest of this.
+    if self.training and (totals := getattr(self, "_monitor_totals", None)) is not None:
         counts = ops._tokens_per_expert(top_k_index, down.shape[0])
         zero = totals.new_zeros(())
         add_to_monitor(totals, counts, dropped=zero, tokens=zero + tokens.shape[0])
@@ -97,18 +100,18 @@ def experts_forward(
             gate_up_bias=up_bias,
             down_bias=down_bias,
             activation=activation,
-            gated=self.has_gate,
+            gated=gated,
         )
-        return out.to(hidden_states.dtype)
+        return out if out.dtype == dtype else out.to(dtype)
 
     # The model's own function between the two products.
     rows, row_map, expert_offsets = ops.permute(tokens, top_k_index, up.shape[0])
     hidden = ops._grouped_linear(rows, expert_offsets, up, up_bias)
-    hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+    hidden = self._apply_gate(hidden) if gated else self.act_fn(hidden)
     rows = ops._grouped_linear(hidden.to(rows.dtype), expert_offsets, down, down_bias)
     if self.has_post_expert_norm:
         rows = self.post_expert_norm(rows)
-    return ops.unpermute(rows, row_map, top_k_weights).to(hidden_states.dtype)
+    return ops.unpermute(rows, row_map, top_k_weights).to(dtype)
 
 
 _registered: set[str] = set()
