@@ -65,6 +65,7 @@ from moe_ext.ops import (  # noqa: E402
     topk_router,
     unpermute,
 )
+from moe_ext.packing import pack_, unpack_  # noqa: E402
 from moe_ext.routers import (  # noqa: E402
     ExpertChoiceRouter,
     GivenIdsRouter,
@@ -119,6 +120,7 @@ __all__ = [
     "hash_ids",
     "load_balancing_loss",
     "moe_ffn",
+    "pack_",
     "param_groups",
     "permute",
     "reference",
@@ -127,6 +129,7 @@ __all__ = [
     "set_cpu_isa",
     "topk_router",
     "total_aux_loss",
+    "unpack_",
     "unpermute",
     "update_expert_bias",
 ]
