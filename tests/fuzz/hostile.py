@@ -443,6 +443,8 @@ def make_case(rng: random.Random, without: frozenset[str] = frozenset()) -> Case
         mode = "plain"
     if mode in ("autocast", "meta") and expected == RAISES:
         expected = EITHER  # casting mends dtypes; a meta tensor has no values
+    if mode in ("autocast", "grad") and call.operator == "_moe_ffn_packed" and expected == RETURNS:
+        expected = EITHER  # has no backward, and weights that can't be cast
     return Case(call, expected, mode)
 
 
