@@ -38,6 +38,7 @@ SECONDS = 3.0  # of a row
 CEILINGS = Ceilings(Device())
 WIDE = ["moe_ext", "grouped_mm", "zentorch", "dense", "reference", "eager", "batched_mm"]
 CLOSE = ["moe_ext", "grouped_mm", "zentorch", "dense"]
+PACKED = ["moe_ext", "moe_ext packed", "zentorch"]
 
 BIG = [
     Work(*MODELS["Qwen3-30B-A3B"], 1024),
@@ -65,6 +66,12 @@ TRANSPOSED = [  # GPT-OSS's layout
     (kind, Work(768, 768, 32, 4, T, dtype, transposed=True))
     for dtype in (BF16, FP32)
     for kind, T in (("forward", 1), ("forward", 64), ("forward", 512), ("train", 512))
+]
+# 4 to 128 rows per expert, plain and packed.
+PACK = [
+    *[Work(1024, 512, 64, 8, rows * 8) for rows in (4, 8, 16, 32, 64, 128)],
+    *[Work(1024, 512, 64, 8, rows * 8, FP32) for rows in (4, 16, 64)],
+    *[Work(2048, 1024, 64, 8, rows * 8) for rows in (32, 64, 128)],
 ]
 SMALL = [Work(64, 128, 8, 2, T, FP32) for T in (1, 64)]
 DECODE = {  # name: (work, layers in turn)
@@ -102,9 +109,10 @@ def compare(benchmark, take_turns, kind: str, work: Work, peers: list[str]):
     if benchmark.disabled:
         work = work.smoke()
     x = Inputs.make(work, kind == "train")
-    calls = {p: call_of(kind, PEERS[p](work, x)) for p in peers if p in PEERS}
+    direction = "train" if kind == "train" else "forward"
+    calls = {p: call_of(direction, PEERS[p](work, x)) for p in peers if p in PEERS}
     turns = in_turns(take_turns, calls, work)
-    report(benchmark, kind, work, turns, flops=work.flops(kind))
+    report(benchmark, kind, work, turns, flops=work.flops(direction))
 
 
 def in_turns(take_turns, calls: dict, work: Work, **options) -> Turns:
@@ -118,6 +126,12 @@ def test_forward(benchmark, take_turns, work):
     # batched_mm copies an expert's weights for every row: only where that is possible at all.
     peers = WIDE if work.T * work.K <= 64 else [p for p in WIDE if p != "batched_mm"]
     compare(benchmark, take_turns, "forward", work, peers if work in BIG or work.T <= 64 else CLOSE)
+
+
+@pytest.mark.parametrize("work", PACK, ids=str)
+def test_packed(benchmark, take_turns, work):
+    """What `moe_ext.pack_` brings where packing the weights every time is much of the work."""
+    compare(benchmark, take_turns, "packed", work, PACKED)
 
 
 @pytest.mark.parametrize("work", TRAIN, ids=str)
@@ -148,7 +162,7 @@ def test_decode(benchmark, take_turns, name):
     for layer, x in enumerate(inputs):
         torch.manual_seed(layer)
         x.ids = work.ids()
-    peers = [p for p in CLOSE if p in PEERS and p != "dense"]
+    peers = [p for p in [*CLOSE, "moe_ext packed"] if p in PEERS and p != "dense"]
     each = {p: [call_of("forward", PEERS[p](work, x)) for x in inputs] for p in peers}
     calls = {p: (lambda layers=layers: [call() for call in layers]) for p, layers in each.items()}
     turns = in_turns(take_turns, calls, work, ceiling=CEILINGS.bytes_per_second)

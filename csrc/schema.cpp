@@ -124,6 +124,14 @@ TORCH_LIBRARY(moe_ext, m) {
       "str activation, bool gated, bool save_hidden) "
       "-> (Tensor out, Tensor hidden, Tensor row_map, Tensor expert_offsets)",
       tags);
+  // moe_ffn and _moe_ffn_pairs, without backward, on packed weights.
+  m.def(
+      "_moe_ffn_packed(Tensor tokens, Tensor weights, Tensor ids, Tensor? pair_tokens, "
+      "Tensor gate_up_packed, Tensor down_packed, Tensor? gate_up_bias, Tensor? down_bias, "
+      "SymInt intermediate_size, str activation, bool gated) -> Tensor",
+      tags);
+  m.def("_pack_weights(Tensor weight, bool gated) -> Tensor", tags);
+  m.def("_unpack_weights(Tensor packed, SymInt N, SymInt K, bool gated) -> Tensor", tags);
   // Backward of all: with row_map of moe_ffn ([T, K], or [P] with pair_tokens [P]; tokens [T, H],
   // weights like row_map), without it of expert_ffn (tokens are the rows [N, H], weights [N] or
   // None).

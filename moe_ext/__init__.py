@@ -66,6 +66,7 @@ from moe_ext.ops import (  # noqa: E402
     topk_router,
     unpermute,
 )
+from moe_ext.packing import pack_, unpack_  # noqa: E402
 from moe_ext.routers import (  # noqa: E402
     ExpertChoiceRouter,
     GivenIdsRouter,
@@ -122,6 +123,7 @@ __all__ = [
     "load_balancing_loss",
     "memory_stats",
     "moe_ffn",
+    "pack_",
     "param_groups",
     "permute",
     "reference",
@@ -131,6 +133,7 @@ __all__ = [
     "set_memory_limit",
     "topk_router",
     "total_aux_loss",
+    "unpack_",
     "unpermute",
     "update_expert_bias",
 ]

@@ -31,6 +31,27 @@ def _moe_ffn_forward(
     return sum(_experts(math.prod(ids), gate_up_proj, down_proj))
 
 
+@register_flop_formula(_ops._moe_ffn_packed)
+def _moe_ffn_packed(
+    tokens,
+    weights,
+    ids,
+    pair_tokens,
+    gate_up_packed,
+    down_packed,
+    gate_up_bias,
+    down_bias,
+    intermediate_size,
+    activation,
+    gated,
+    **kwargs,
+) -> int:
+    experts, hidden_size = gate_up_packed[0], tokens[1]
+    width = 2 * intermediate_size if gated else intermediate_size
+    shapes = (experts, width, hidden_size), (experts, hidden_size, intermediate_size)
+    return sum(_experts(math.prod(ids), *shapes))
+
+
 @register_flop_formula([_ops.expert_ffn, _ops._expert_ffn_forward])
 def _expert_ffn(rows, expert_offsets, gate_up_proj, down_proj, *args, **kwargs) -> int:
     return sum(_experts(rows[0], gate_up_proj, down_proj))

@@ -1,5 +1,8 @@
 """The experts of a layer: modules with their weights, over the operators."""
 
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -7,8 +10,15 @@ from moe_ext import ops
 from moe_ext._messages import need, need_bool, need_choice, need_number, need_sizes
 
 
+class _PackedParameter(NamedTuple):
+    parameter: nn.Parameter  # without its numbers
+    shape: torch.Size
+
+
 class _Experts(nn.Module):
     """Projections of one expert or of a stack of them: shapes begin with `leading`."""
+
+    _packed: dict[str, _PackedParameter] | None = None
 
     def __init__(
         self,
@@ -54,6 +64,7 @@ class _Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Normal with standard deviation init_std; zero biases."""
+        self._need_plain("reset_parameters")
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_bias"):
                 nn.init.zeros_(parameter)
@@ -75,9 +86,123 @@ class _Experts(nn.Module):
                 f"weights, got {tokens.device}"
             )
 
+    def _run(
+        self, tokens: Tensor, weights: Tensor, ids: Tensor, pair_tokens: Tensor | None
+    ) -> Tensor:
+        """The experts on their tokens; weights and ids [T, K], or [P] with pair_tokens [P]."""
+        options = {
+            "gate_up_bias": getattr(self, f"{self._up_name}_bias") if self.has_bias else None,
+            "down_bias": self.down_proj_bias if self.has_bias else None,
+            "activation": self.activation,
+            "gated": self.gated,
+        }
+        if self.is_packed:
+            packed = getattr(self, f"_packed_{self._up_name}"), self._packed_down_proj
+            self._check_tokens(tokens, packed[1])
+            if self.training:
+                self._need_plain("training mode (call .eval() to evaluate)")
+            options["intermediate_size"] = self._packed["down_proj"].shape[-1]
+            return ops._moe_ffn_packed(tokens, weights, ids, pair_tokens, *packed, **options)
+        # Each once: finding a parameter takes a module a microsecond.
+        projections = (getattr(self, self._up_name), self.down_proj)
+        self._check_tokens(tokens, projections[1])
+        if projections[1].dim() == 2:
+            projections = [weight.unsqueeze(0) for weight in projections]
+        options["recompute"] = self.recompute
+        if pair_tokens is None:
+            return ops.moe_ffn(tokens, weights, ids, *projections, **options)
+        return ops._moe_ffn_pairs(tokens, weights, ids, pair_tokens, *projections, **options)
+
+    # Packed weights (`moe_ext.pack_`): a buffer each, beside the parameter without its numbers.
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weights are packed: `moe_ext.pack_`."""
+        return self._packed is not None
+
+    def _need_plain(self, what: str) -> None:
+        if self.is_packed:
+            raise RuntimeError(
+                f"{type(self).__name__}: weights must not be packed for {what}, got packed ones: "
+                "call moe_ext.unpack_(module) first"
+            )
+
+    def _check_packable(self, name: str, owners: Mapping[int, int]) -> None:
+        for weight_name in (self._up_name, "down_proj"):
+            where = f"pack_: {name}.{weight_name}" if name else f"pack_: {weight_name}"
+            weight = self._parameters.get(weight_name)
+            if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+                got = type(getattr(self, weight_name, None)).__name__
+                raise RuntimeError(f"{where} must be a plain parameter, got {got}")
+            if weight.device.type != "cpu":
+                raise RuntimeError(f"{where} must be on the CPU, got {weight.device}")
+            if owners[id(weight)] > 1:
+                raise RuntimeError(
+                    f"{where} must belong to one module, got {owners[id(weight)]} that share it"
+                )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _pack(self) -> None:
+        self._packed = {}
+        try:
+            for name in (self._up_name, "down_proj"):
+                parameter = self._parameters[name]
+                weight = parameter.detach()
+                stacked = weight if weight.dim() == 3 else weight.unsqueeze(0)
+                packed = ops._pack_weights(stacked, self.gated and name == self._up_name)
+                del self._parameters[name]
+                self.register_buffer(f"_packed_{name}", packed, persistent=False)
+                self._packed[name] = _PackedParameter(parameter, weight.shape)
+                parameter.data = weight.new_empty(0)
+        except BaseException:
+            self._unpack()
+            raise
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _unpack(self) -> None:
+        biases = {name: p for name, p in self._parameters.items() if name.endswith("_bias")}
+        for name in list(self._packed):
+            parameter = self._packed[name].parameter
+            parameter.data = self._plain_weight(name)
+            delattr(self, f"_packed_{name}")
+            self._parameters[name] = parameter
+            del self._packed[name]
+        for name, bias in biases.items():  # in the order of the constructor
+            del self._parameters[name]
+            self._parameters[name] = bias
+        self._packed = None
+
+    def _plain_weight(self, name: str) -> Tensor:
+        packed, shape = getattr(self, f"_packed_{name}"), self._packed[name].shape
+        gated = self.gated and name == self._up_name
+        return ops._unpack_weights(packed, shape[-2], shape[-1], gated).view(shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Experts":
+        if self.is_packed:
+            probe = self._packed_down_proj.new_empty(0)
+            moved = fn(probe)
+            if (moved.dtype, moved.device) != (probe.dtype, probe.device):
+                self._need_plain(f"{moved.dtype} on {moved.device}")
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        if self.is_packed:
+            with torch.no_grad():
+                for name in self._packed:
+                    destination[prefix + name] = self._plain_weight(name)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._need_plain("load_state_dict")
+        super()._load_from_state_dict(*args, **kwargs)
+
     def extra_repr(self) -> str:
-        shape = list(getattr(self, self._up_name).shape)
-        return f"{self._up_name}={shape}, activation={self.activation}, recompute={self.recompute}"
+        packed = self._packed or {}
+        up = packed[self._up_name] if packed else getattr(self, self._up_name)
+        text = f"{self._up_name}={list(up.shape)}, activation={self.activation}"
+        return f"{text}, recompute={self.recompute}" + (", packed" if packed else "")
 
 
 class GroupedExperts(_Experts):
@@ -139,19 +264,7 @@ class GroupedExperts(_Experts):
         With pair_tokens [P] the weights and ids are [P] too: a list of pairs in any order, for
         tokens with a varying number of experts; -1 marks an unused one.
         """
-        # Each once: finding a parameter takes a module a microsecond.
-        weights = (getattr(self, self._up_name), self.down_proj)
-        self._check_tokens(tokens, weights[1])
-        options = {
-            "gate_up_bias": getattr(self, f"{self._up_name}_bias") if self.has_bias else None,
-            "down_bias": self.down_proj_bias if self.has_bias else None,
-            "activation": self.activation,
-            "gated": self.gated,
-            "recompute": self.recompute,
-        }
-        if pair_tokens is None:
-            return ops.moe_ffn(tokens, topk_weights, topk_ids, *weights, **options)
-        return ops._moe_ffn_pairs(tokens, topk_weights, topk_ids, pair_tokens, *weights, **options)
+        return self._run(tokens, topk_weights, topk_ids, pair_tokens)
 
 
 class SharedExpert(_Experts):
@@ -165,16 +278,5 @@ class SharedExpert(_Experts):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [T, H] -> [T, H]: moe_ffn with one expert, for its small activation memory."""
-        down_proj = self.down_proj
-        self._check_tokens(tokens, down_proj)
         slots = tokens.new_ones(tokens.shape[0], 1)
-        return ops.moe_ffn(
-            tokens,
-            slots,
-            torch.zeros_like(slots, dtype=torch.int64),
-            getattr(self, self._up_name).unsqueeze(0),
-            down_proj.unsqueeze(0),
-            activation=self.activation,
-            gated=self.gated,
-            recompute=self.recompute,
-        )
+        return self._run(tokens, slots, torch.zeros_like(slots, dtype=torch.int64), None)

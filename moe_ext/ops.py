@@ -90,6 +90,9 @@ _call_expert_choice = _operator("_expert_choice")
 _call_pair_weights = _operator("_pair_weights")
 _call_grouped_linear = _operator("_grouped_linear")
 _call_moe_ffn_pairs = _operator("_moe_ffn_pairs")
+_call_moe_ffn_packed = _operator("_moe_ffn_packed")
+_call_pack_weights = _operator("_pack_weights")
+_call_unpack_weights = _operator("_unpack_weights")
 
 
 def topk_router(
@@ -462,3 +465,45 @@ def _moe_ffn_pairs(
         gated,
         recompute,
     )
+
+
+def _moe_ffn_packed(
+    tokens: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    pair_tokens: Tensor | None,
+    gate_up_packed: Tensor,
+    down_packed: Tensor,
+    *,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    intermediate_size: int,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """`moe_ffn` or, with pair_tokens [P], `_moe_ffn_pairs`, without backward and on the CPU, on
+    weights of `_pack_weights`."""
+    return _call_moe_ffn_packed(
+        tokens,
+        weights,
+        ids,
+        pair_tokens,
+        gate_up_packed,
+        down_packed,
+        gate_up_bias,
+        down_bias,
+        intermediate_size,
+        activation,
+        gated,
+    )
+
+
+def _pack_weights(weight: Tensor, gated: bool) -> Tensor:
+    """weight [E, N, K], gated: gate and up [E, 2I, K], in the order in which products read it:
+    csrc/ops/moe_ffn_packed.h. On the CPU."""
+    return _call_pack_weights(weight, gated)
+
+
+def _unpack_weights(packed: Tensor, N: int, K: int, gated: bool) -> Tensor:
+    """The weight [E, N, K] that was packed."""
+    return _call_unpack_weights(packed, N, K, gated)

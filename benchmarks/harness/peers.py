@@ -45,6 +45,17 @@ def _moe_ext(work: Work, x: Inputs) -> Layer:
     return Layer(run, x.leaves, x.grad)
 
 
+def _packed(work: Work, x: Inputs) -> Layer:
+    """Has no backward. Holds a copy of the weights, of which the plain ones serve the peers."""
+    packed = ops._pack_weights(x.gate_up.detach(), True), ops._pack_weights(x.down.detach(), False)
+    options = {"gate_up_bias": None, "down_bias": None, "intermediate_size": work.I}
+    options |= {"activation": "silu", "gated": True}
+    run = lambda: ops._moe_ffn_packed(  # noqa: E731
+        x.tokens, x.weights, x.ids, None, *packed, **options
+    )
+    return Layer(run, [], x.grad)
+
+
 def _reference(work: Work, x: Inputs) -> Layer:
     run = lambda: reference.moe_ffn(x.tokens, x.weights, x.ids, x.gate_up, x.down)  # noqa: E731
     return Layer(run, x.leaves, x.grad)
@@ -152,6 +163,7 @@ if Qwen3MoeExperts is not None:
     PEERS |= {name: _transformers(name) for name in ("eager", "grouped_mm", "batched_mm")}
 if zentorch is not None:
     PEERS["zentorch"] = _zentorch
+PEERS["moe_ext packed"] = _packed
 PEERS |= {"dense": _dense, "bmm": _bmm, "_grouped_mm alone": _grouped_products}
 UNLIKE = {"dense", "bmm", "_grouped_mm alone"}  # as much work, another result
 

@@ -13,7 +13,8 @@ namespace moe_ext::autocast {
 namespace {
 
 // The arguments that are cast. The others keep their dtype: routing, and weights of rows, which are
-// multiplied in the dtype of the sums.
+// multiplied in the dtype of the sums. Packed weights keep theirs too: the contract says if that is
+// another.
 bool is_operand(std::string_view argument) {
   constexpr std::array<std::string_view, 8> kOperands{
       "tokens", "rows", "weight", "bias", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias"};
@@ -43,7 +44,8 @@ void cast_operands(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }
 
 void register_casts(torch::Library& m) {
-  for (const char* name : {"_grouped_linear", "expert_ffn", "moe_ffn", "_moe_ffn_pairs"}) {
+  for (const char* name :
+       {"_grouped_linear", "expert_ffn", "moe_ffn", "_moe_ffn_pairs", "_moe_ffn_packed"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&cast_operands>());
   }
 }

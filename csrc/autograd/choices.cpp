@@ -1,4 +1,4 @@
-// Operators that choose and count: their results have no derivative, whatever they are given.
+// Operators that choose, count and pack: their results have no derivative, whatever they are given.
 #include "autograd/function.h"
 
 namespace moe_ext::autograd {
@@ -15,7 +15,7 @@ void without_gradient(
 TORCH_LIBRARY_IMPL(moe_ext, Autograd, m) {
   for (const char* name :
        {"_tokens_per_expert", "_router_entropy", "_apply_capacity", "_round_tokens",
-        "_expert_choice"}) {
+        "_expert_choice", "_pack_weights", "_unpack_weights"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&without_gradient>());
   }
 }

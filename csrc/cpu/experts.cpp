@@ -13,6 +13,7 @@ struct ExpertOperands {
   at::Tensor gate_up_proj, down_proj, gate_up_bias, down_bias;
   int64_t E, H, I, width;
   bool gated;
+  bool packed = false;
 
   ExpertOperands(const ExpertWeights& experts, bool gated)
       : gate_up_proj(with_dense_weights(experts.gate_up_proj)),
@@ -25,7 +26,27 @@ struct ExpertOperands {
         width(gate_up_proj.size(1)),
         gated(gated) {}
 
+  ExpertOperands(const PackedExpertWeights& experts, int64_t H, bool gated)
+      : gate_up_proj(experts.gate_up.contiguous()),
+        down_proj(experts.down.contiguous()),
+        gate_up_bias(experts.gate_up_bias ? experts.gate_up_bias->contiguous() : at::Tensor()),
+        down_bias(experts.down_bias ? experts.down_bias->contiguous() : at::Tensor()),
+        E(gate_up_proj.size(0)),
+        H(H),
+        I(experts.intermediate_size.expect_int()),
+        width(gated ? 2 * I : I),
+        gated(gated),
+        packed(true) {}
+
   int64_t weights_per_expert() const { return (width + I) * H; }
+
+  // The kernels for tokens of `dtype`; of packed weights, up and product only.
+  const kernels::TypeKernels& kernels(at::ScalarType dtype) const {
+    return packed ? packed_kernels_for(dtype) : kernels_for(dtype);
+  }
+  kernels::Weights down_weights() const {
+    return packed ? packed_weights_of(down_proj) : weights_of(down_proj);
+  }
 
   // Arguments of the pass from tokens to the pre-activation and, if defined, the activation.
   kernels::UpArgs up_args(
@@ -36,9 +57,10 @@ struct ExpertOperands {
     const auto advance = [&](const void* data, int64_t elements) -> const void* {
       return data ? static_cast<const char*>(data) + elements * element : nullptr;
     };
-    const kernels::Weights gate = weights_of(gate_up_proj);
+    const kernels::Weights gate =
+        packed ? packed_weights_of(gate_up_proj) : weights_of(gate_up_proj);
     kernels::Weights up = gate;
-    up.data = advance(gate.data, up_at * gate.n_stride);
+    if (!packed) up.data = advance(gate.data, up_at * gate.n_stride);
     const kernels::Bias gate_bias = bias_of(gate_up_bias);
     return {
         H,
@@ -86,6 +108,19 @@ RoutedRows routed_rows(
   return rows;
 }
 
+RoutedRows plan_rows(
+    const char* op, const at::Tensor& tokens, const at::Tensor& weights, const at::Tensor& ids,
+    const std::optional<at::Tensor>& pair_tokens_, int64_t E, at::Tensor* row_map,
+    at::Tensor* expert_offsets) {
+  const int64_t T = tokens.size(0);
+  const at::Tensor pair_tokens =
+      pair_tokens_ ? read_pair_tokens(op, *pair_tokens_, T) : at::Tensor();
+  Plan plan = pair_tokens_ ? make_pair_plan(op, ids, pair_tokens, T, E) : make_plan(op, ids, E);
+  if (row_map) *row_map = plan.row_map;
+  if (expert_offsets) *expert_offsets = plan.expert_offsets;
+  return routed_rows(std::move(plan), pair_tokens, weights, compute_dtype(tokens.scalar_type()));
+}
+
 void check_tokens(const char* op, const RoutedRows& rows) {
   if (rows.token.empty()) return;
   for (const int32_t token : rows.token) {
@@ -101,12 +136,13 @@ void check_tokens(const char* op, const RoutedRows& rows) {
   }
 }
 
-void experts_forward(
-    const at::Tensor& tokens_, const RoutedRows& rows, const ExpertWeights& experts_,
-    Activation activation, bool gated, const at::Tensor& out, const at::Tensor& hidden) {
-  const ExpertOperands experts(experts_, gated);
+namespace {
+
+void run_experts(
+    const at::Tensor& tokens_, const RoutedRows& rows, const ExpertOperands& experts,
+    Activation activation, const at::Tensor& out, const at::Tensor& hidden) {
   const at::Tensor tokens = with_dense_rows(tokens_);
-  const auto& kernels = kernels_for(tokens.scalar_type());
+  const auto& kernels = experts.kernels(tokens.scalar_type());
   const at::Tensor activated = empty_result({rows.size(), experts.I}, tokens.options());
   const kernels::UpArgs up =
       experts.up_args(activation, rows_of(tokens, rows.token_data()), hidden, activated);
@@ -114,7 +150,7 @@ void experts_forward(
       experts.I,
       experts.H,
       rows_of(activated),
-      weights_of(experts.down_proj),
+      experts.down_weights(),
       bias_of(experts.down_bias),
       rows.token_data(),
       any_data_or_null(rows.weight),
@@ -133,6 +169,20 @@ void experts_forward(
       {{up_job(kernels, up, row_blocks)}, {product_job(kernels, down, token_blocks)}}, scratch,
       estimate_nanoseconds(
           rows.size() * weights, count_active(rows.offsets) * weights * tokens.element_size()));
+}
+
+}  // namespace
+
+void experts_forward(
+    const at::Tensor& tokens, const RoutedRows& rows, const ExpertWeights& experts,
+    Activation activation, bool gated, const at::Tensor& out, const at::Tensor& hidden) {
+  run_experts(tokens, rows, ExpertOperands(experts, gated), activation, out, hidden);
+}
+
+void packed_experts_forward(
+    const at::Tensor& tokens, const RoutedRows& rows, const PackedExpertWeights& experts,
+    Activation activation, bool gated, const at::Tensor& out) {
+  run_experts(tokens, rows, ExpertOperands(experts, tokens.size(1), gated), activation, out, {});
 }
 
 namespace {

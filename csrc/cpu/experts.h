@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cpu/plan.h"
-#include "ops/expert_ffn.h"
+#include "ops/moe_ffn_packed.h"
 
 namespace moe_ext::cpu {
 
@@ -27,6 +27,13 @@ struct RoutedRows {
 RoutedRows routed_rows(
     Plan&& plan, const at::Tensor& pair_tokens, const at::Tensor& weights, at::ScalarType compute);
 
+// The same, planned here: weights and ids [T, K], or [P] with pair_tokens [P]. The plan's tensors
+// go to row_map and expert_offsets unless these are null.
+RoutedRows plan_rows(
+    const char* op, const at::Tensor& tokens, const at::Tensor& weights, const at::Tensor& ids,
+    const std::optional<at::Tensor>& pair_tokens, int64_t E, at::Tensor* row_map = nullptr,
+    at::Tensor* expert_offsets = nullptr);
+
 // Of a plan that came as an argument (read_plan): that every row has a token and that an expert's
 // rows are in the order of their tokens, on which the kernels rely. Rows that were grouped already
 // have no tokens to check.
@@ -37,6 +44,11 @@ void check_tokens(const char* op, const RoutedRows& rows);
 void experts_forward(
     const at::Tensor& tokens, const RoutedRows& rows, const ExpertWeights& experts,
     Activation activation, bool gated, const at::Tensor& out, const at::Tensor& hidden);
+
+// The same with packed weights, which have no pre-activation to keep.
+void packed_experts_forward(
+    const at::Tensor& tokens, const RoutedRows& rows, const PackedExpertWeights& experts,
+    Activation activation, bool gated, const at::Tensor& out);
 
 // grad_out and tokens [T, H]; hidden [N, W], or undefined: recomputed from the tokens. Writes the
 // gradients that are defined; row_weights [N] in the compute dtype, in the order of the rows.

@@ -18,13 +18,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
   const ExpertWeights experts{gate_up_proj, down_proj, gate_up_bias, down_bias};
   const Activation parsed =
       check_moe_ffn(tokens, weights, ids, pair_tokens_, experts, activation, gated);
-  const int64_t T = tokens.size(0), E = gate_up_proj.size(0);
-  const at::Tensor pair_tokens =
-      pair_tokens_ ? read_pair_tokens(op, *pair_tokens_, T) : at::Tensor();
-  Plan plan = pair_tokens_ ? make_pair_plan(op, ids, pair_tokens, T, E) : make_plan(op, ids, E);
-  const auto [row_map, expert_offsets] = std::tuple(plan.row_map, plan.expert_offsets);
-  const RoutedRows rows =
-      routed_rows(std::move(plan), pair_tokens, weights, compute_dtype(tokens.scalar_type()));
+  at::Tensor row_map, expert_offsets;
+  const RoutedRows rows = plan_rows(
+      op, tokens, weights, ids, pair_tokens_, gate_up_proj.size(0), &row_map, &expert_offsets);
   const at::Tensor out = empty_like_contiguous(tokens);
   const at::Tensor hidden = empty_hidden(tokens, ids.numel(), gate_up_proj, save_hidden);
   experts_forward(tokens, rows, experts, parsed, gated, out, save_hidden ? hidden : at::Tensor());

@@ -11,12 +11,19 @@
 
 namespace moe_ext::cpu {
 
+inline Type type_of(at::ScalarType dtype) {
+  return dtype == at::kDouble     ? Type::kF64
+         : dtype == at::kFloat    ? Type::kF32
+         : dtype == at::kBFloat16 ? Type::kBf16
+                                  : Type::kF16;
+}
+
 inline const kernels::TypeKernels& kernels_for(at::ScalarType dtype) {
-  const auto type = dtype == at::kDouble     ? Type::kF64
-                    : dtype == at::kFloat    ? Type::kF32
-                    : dtype == at::kBFloat16 ? Type::kBf16
-                                             : Type::kF16;
-  return kernels::current().type[static_cast<int>(type)];
+  return kernels::current().type[static_cast<int>(type_of(dtype))];
+}
+
+inline const kernels::TypeKernels& packed_kernels_for(at::ScalarType dtype) {
+  return kernels::current().packed[static_cast<int>(type_of(dtype))];
 }
 
 // dtype: a compute dtype.
@@ -46,6 +53,11 @@ inline kernels::Weights weights_of(const at::Tensor& weight) {
   const int64_t n_stride = weight.size(1) == 1 ? 1 : weight.stride(1);
   const int64_t k_stride = weight.size(2) == 1 ? 1 : weight.stride(2);
   return {weight.const_data_ptr(), weight.stride(0), n_stride, k_stride};
+}
+
+// packed [E, blocks, steps, 64, P], contiguous.
+inline kernels::Weights packed_weights_of(const at::Tensor& packed) {
+  return {packed.const_data_ptr(), packed.stride(0), packed.stride(1), 0};
 }
 
 inline kernels::Weights transposed(kernels::Weights weights) {

@@ -17,10 +17,11 @@ void no_vmap(const c10::OperatorHandle& op, torch::jit::Stack*) {
 
 TORCH_LIBRARY_IMPL(moe_ext, FuncTorchBatched, m) {
   for (const char* name :
-       {"_router_logits", "topk_router", "_router_weights", "load_balancing_loss", "router_z_loss",
-        "_tokens_per_expert", "_router_entropy", "_apply_capacity", "_round_tokens",
-        "_expert_choice", "_pair_weights", "permute", "unpermute", "_grouped_linear", "expert_ffn",
-        "moe_ffn", "_moe_ffn_pairs"}) {
+       {"_router_logits", "topk_router",        "_router_weights", "load_balancing_loss",
+        "router_z_loss",  "_tokens_per_expert", "_router_entropy", "_apply_capacity",
+        "_round_tokens",  "_expert_choice",     "_pair_weights",   "permute",
+        "unpermute",      "_grouped_linear",    "expert_ffn",      "moe_ffn",
+        "_moe_ffn_pairs", "_moe_ffn_packed",    "_pack_weights",   "_unpack_weights"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_vmap>());
   }
 }

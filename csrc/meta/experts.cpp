@@ -1,7 +1,7 @@
 // Output shapes of the operators that move and transform rows, for torch.compile and meta tensors.
 #include <torch/library.h>
 
-#include "ops/moe_ffn.h"
+#include "ops/moe_ffn_packed.h"
 #include "ops/unpermute.h"
 
 namespace moe_ext::meta {
@@ -82,6 +82,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_ffn_forward(
       empty_hidden(tokens, ids.sym_numel(), gate_up_proj, save_hidden), row_map, expert_offsets};
 }
 
+at::Tensor moe_ffn_packed(
+    const at::Tensor& tokens, const at::Tensor& weights, const at::Tensor& ids,
+    const std::optional<at::Tensor>& pair_tokens, const at::Tensor& gate_up_packed,
+    const at::Tensor& down_packed, const std::optional<at::Tensor>& gate_up_bias,
+    const std::optional<at::Tensor>& down_bias, c10::SymInt intermediate_size,
+    c10::string_view activation, bool gated) {
+  check_moe_ffn_packed(
+      tokens, weights, ids, pair_tokens,
+      {gate_up_packed, down_packed, gate_up_bias, down_bias, intermediate_size}, activation, gated);
+  return empty_like_contiguous(tokens);
+}
+
+at::Tensor pack_weights(const at::Tensor& weight, bool gated) {
+  check_pack_weights(weight, gated);
+  const PackedSizes sizes(
+      weight.sym_size(0), weight.sym_size(1), weight.sym_size(2), gated, weight.scalar_type());
+  return empty_result(c10::fromIntArrayRefSlow(sizes.sizes()), weight.options());
+}
+
+at::Tensor unpack_weights(const at::Tensor& packed, c10::SymInt N, c10::SymInt K, bool gated) {
+  check_unpack_weights(packed, N, K, gated);
+  return empty_result({packed.sym_size(0), N, K}, packed.options());
+}
+
 ExpertFfnGrads expert_ffn_backward(
     const at::Tensor& grad_out, const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
     const std::optional<at::Tensor>& row_map, const std::optional<at::Tensor>& pair_tokens,
@@ -107,6 +131,9 @@ TORCH_LIBRARY_IMPL(moe_ext, Meta, m) {
   m.impl("_grouped_linear_backward", grouped_linear_backward);
   m.impl("_expert_ffn_forward", expert_ffn_forward);
   m.impl("_moe_ffn_forward", moe_ffn_forward);
+  m.impl("_moe_ffn_packed", moe_ffn_packed);
+  m.impl("_pack_weights", pack_weights);
+  m.impl("_unpack_weights", unpack_weights);
   m.impl("_expert_ffn_backward", expert_ffn_backward);
 }
 

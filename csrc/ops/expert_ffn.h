@@ -30,6 +30,21 @@ struct ExpertWeights {
 };
 
 // tokens: the argument named so.
+inline void check_expert_biases(
+    const char* op, const char* tokens_name, const at::Tensor& tokens,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    const c10::SymInt& E, const c10::SymInt& width, bool gated) {
+  if (gate_up_bias) {
+    check_operand(
+        op, "gate_up_bias", *gate_up_bias, tokens_name, tokens,
+        {{"E", E}, {gated ? "2I" : "I", width}});
+  }
+  if (down_bias) {
+    check_operand(
+        op, "down_bias", *down_bias, tokens_name, tokens, {{"E", E}, {"H", tokens.sym_size(1)}});
+  }
+}
+
 inline void check_expert_weights(
     const char* op, const char* tokens_name, const at::Tensor& tokens, const ExpertWeights& weights,
     bool gated) {
@@ -52,14 +67,8 @@ inline void check_expert_weights(
   check_operand(
       op, "down_proj", weights.down_proj, tokens_name, tokens,
       {{"E", E}, {"H", H}, {"I", gated ? width / 2 : width}});
-  if (weights.gate_up_bias) {
-    check_operand(
-        op, "gate_up_bias", *weights.gate_up_bias, tokens_name, tokens,
-        {{"E", E}, {width_letter, width}});
-  }
-  if (weights.down_bias) {
-    check_operand(op, "down_bias", *weights.down_bias, tokens_name, tokens, {{"E", E}, {"H", H}});
-  }
+  check_expert_biases(
+      op, tokens_name, tokens, weights.gate_up_bias, weights.down_bias, E, width, gated);
 }
 
 inline Activation check_expert_ffn(

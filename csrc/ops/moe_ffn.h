@@ -22,12 +22,11 @@
 
 namespace moe_ext {
 
-inline Activation check_moe_ffn(
-    const at::Tensor& tokens, const at::Tensor& weights, const at::Tensor& ids,
-    const std::optional<at::Tensor>& pair_tokens, const ExpertWeights& experts,
-    c10::string_view activation, bool gated) {
+// The tokens, and which experts they have.
+inline void check_assignment(
+    const char* op, const at::Tensor& tokens, const at::Tensor& weights, const at::Tensor& ids,
+    const std::optional<at::Tensor>& pair_tokens) {
   const bool pairs = pair_tokens.has_value();
-  const char* op = pairs ? "_moe_ffn_pairs" : "moe_ffn";
   const char* ids_name = pairs ? "pair_experts" : "topk_ids";
   const char* weights_name = pairs ? "pair_weights" : "topk_weights";
   check_float(op, "tokens", tokens);
@@ -44,6 +43,14 @@ inline Activation check_moe_ffn(
     check_shape(op, ids_name, ids, {{"T", tokens.sym_size(0)}, {"K"}});
     check_shape(op, weights_name, weights, {{"T", tokens.sym_size(0)}, {"K", ids.sym_size(1)}});
   }
+}
+
+inline Activation check_moe_ffn(
+    const at::Tensor& tokens, const at::Tensor& weights, const at::Tensor& ids,
+    const std::optional<at::Tensor>& pair_tokens, const ExpertWeights& experts,
+    c10::string_view activation, bool gated) {
+  const char* op = pair_tokens ? "_moe_ffn_pairs" : "moe_ffn";
+  check_assignment(op, tokens, weights, ids, pair_tokens);
   check_expert_weights(op, "tokens", tokens, experts, gated);
   return parse_activation(op, activation, gated);
 }

@@ -2,7 +2,8 @@
 
 A variant of an operator is a table of its tensors, its other arguments and its outputs. Sizes are
 letters (T tokens, H hidden, I intermediate, E experts, K choices, N rows, P pairs, S sequences,
-O outputs), of which W = 2I if gated else I, E1 = E + 1 and TK = T K derive.
+O outputs), of which W = 2I if gated else I, E1 = E + 1 and TK = T K derive. Of packed weights: UB,
+DB, OB blocks of W, H, O columns; H2, I2 pairs of terms; 64 and 2.
 """
 
 import math
@@ -32,6 +33,8 @@ DTYPES = {
     "int32": (torch.int32,),
     "int64": (torch.int64,),
     "float64": (torch.float64,),
+    "bf16": (torch.bfloat16,),
+    "not bf16": (torch.float64, torch.float32, torch.float16),
     "bool": (torch.bool,),
 }
 
@@ -79,15 +82,25 @@ class Draw:
         K = rng.randint(1, min(E, 6))
         self.gated = rng.random() < 0.6
         I = rng.choice([1, 2, 3, 5, 8, 16] + [24, 33, 64, 100] * large)
+        H = rng.choice([1, 2, 3, 7, 8, 16] + [20, 33, 64, 130] * large)
+        O = rng.choice([1, 2, 5, 8, 16] + [17, 64] * large)
         self.sizes = {
             "T": T,
-            "H": rng.choice([1, 2, 3, 7, 8, 16] + [20, 33, 64, 130] * large),
+            "H": H,
             "I": I,
             "W": 2 * I if self.gated else I,
             "E": E,
             "E1": E + 1,
             "K": K,
-            "O": rng.choice([1, 2, 5, 8, 16] + [17, 64] * large),
+            "O": O,
+            "UB": math.ceil(I / (32 if self.gated else 64)),
+            "DB": math.ceil(H / 64),
+            "OB": math.ceil(O / 64),
+            "H2": math.ceil(H / 2),
+            "I2": math.ceil(I / 2),
+            "64": 64,
+            "2": 2,
+            "1": 1,
             "N": T * K + rng.choice([0, 0, 1, 7]),
             "TK": T * K,
             "P": rng.choice([0, 1, 2, 9, 30]) if T else rng.choice([0, 3]),
@@ -125,6 +138,8 @@ class Draw:
                 return normal
             case "matrix":  # a weight, whose products are of size 1
                 return normal / max(sizes[-1], 1) ** 0.5
+            case "packed":  # the same of a packed one
+                return normal / max(sizes[2] * sizes[4], 1) ** 0.5
             case "probs":
                 return normal.softmax(-1)
             case "uniform":
@@ -317,6 +332,40 @@ def ffn_backward(rows: str, **tensors: Spec) -> Variant:
         lambda d: {**activation(d), **mask(6)(d)},
         FFN_GRADS,
     )
+
+
+def packed_experts(dtype: str, steps: tuple[str, str], pair: str, slots: bool) -> Variant:
+    weights = (
+        {"weights": spec("float", "T K", "uniform"), "ids": CHOICE["topk_ids"]}
+        if slots
+        else {"weights": spec("float", "P"), "ids": PAIRS["pair_experts"], **TOKENS_OF_PAIRS}
+    )
+    return Variant(
+        {
+            "tokens": spec(dtype, "T H"),
+            **weights,
+            "gate_up_packed": spec("like tokens", f"E UB {steps[0]} 64 {pair}", "packed"),
+            "down_packed": spec("like tokens", f"E DB {steps[1]} 64 {pair}", "packed"),
+            "gate_up_bias": spec("like tokens?", "E W"),
+            "down_bias": spec("like tokens?", "E H"),
+        },
+        lambda d: {**activation(d), "intermediate_size": d.sizes["I"]},
+        shaped(("tokens", "T H")),
+        frozenset({"I", *PACKED_SIZES}),
+    )
+
+
+def unpacked(dtype: str, steps: str, pair: str) -> Variant:
+    return Variant(
+        {"packed": spec(dtype, f"E OB {steps} 64 {pair}", "packed")},
+        lambda d: {"N": d.sizes["O"], "K": d.sizes["H"], "gated": False},
+        shaped(("packed", "E O H")),
+        frozenset(PACKED_SIZES),
+    )
+
+
+TOKENS_OF_PAIRS = {"pair_tokens": PAIRS["pair_tokens"]}
+PACKED_SIZES = ("UB", "DB", "OB", "H", "H2", "I2", "64", "2", "1")
 
 
 OPERATORS: dict[str, list[Variant]] = {
@@ -547,6 +596,20 @@ OPERATORS: dict[str, list[Variant]] = {
             shaped(("tokens", "T H")),
         )
     ],
+    "_moe_ffn_packed": [
+        packed_experts(*packed, slots)
+        for packed in (("not bf16", ("H", "I"), "1"), ("bf16", ("H2", "I2"), "2"))
+        for slots in (True, False)
+    ],
+    "_pack_weights": [
+        Variant(
+            {"weight": spec(dtype, "E O H", "matrix")},
+            lambda d: {"gated": False},
+            shaped(("weight", f"E OB {steps} 64 {pair}")),
+        )
+        for dtype, steps, pair in (("not bf16", "H", "1"), ("bf16", "H2", "2"))
+    ],
+    "_unpack_weights": [unpacked("not bf16", "H", "1"), unpacked("bf16", "H2", "2")],
     "_moe_ffn_forward": [
         Variant(
             {

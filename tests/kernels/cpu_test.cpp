@@ -124,6 +124,24 @@ void test_sum_dots(Type type, int64_t T, int64_t E) {
 
 constexpr Tolerance kTolerance{1e-12, 1e-5, 0x1p-6, 0x1p-9};
 
+// weight [E, N, K] of rows in the order of gemm/formats/packed.h.
+Buffer packed(const Buffer& weight, int64_t E, int64_t N, int64_t K, bool gated) {
+  const int64_t splits = gated ? 2 : 1, width = kBlockN / splits, n_count = N / splits;
+  const int64_t blocks = (n_count + width - 1) / width;
+  const int64_t terms = weight.type() == Type::kBf16 ? 2 : 1, steps = (K + terms - 1) / terms;
+  Buffer out(weight.type(), E * blocks * steps * kBlockN * terms);
+  for (int64_t row = 0; row < E * N; ++row) {
+    const int64_t e = row / N, split = row % N / n_count, n = row % N % n_count;
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t step = (e * blocks + n / width) * steps + k / terms;
+      const int64_t column = split * width + n % width;
+      out.values[(step * kBlockN + column) * terms + k % terms] = weight.values[row * K + k];
+    }
+  }
+  out.write();
+  return out;
+}
+
 // A layer of two experts, the first with `rows`, the second with 5; tokens are gathered.
 void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) {
   std::mt19937 random(1);
@@ -227,7 +245,7 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
     }
     token_blocks.push_back({begin, end, first, static_cast<int64_t>(token_block_rows.size())});
   }
-  const auto run_product = [&](const ProductArgs& args) {
+  const auto run_product = [&](const TypeKernels& kernels, const ProductArgs& args) {
     const int64_t pitch = args.n_blocks * kBlockN;
     const int64_t cols = (args.N + pitch - 1) / pitch;
     run(2 * cols, scratch, [&](int64_t i, void* s) {
@@ -236,11 +254,36 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
           args, token_block_rows.data(), token_blocks[i / cols], col, col + 1 < cols, s);
     });
   };
-  run_product(product_args);
+  run_product(kernels, product_args);
   Numbers finished(N * H);
   oracle::add_product(dense, activated.values, down_weights.values, H, I, !transposed, finished);
   oracle::add_bias(dense, down_bias.values, H, finished);
   check(name + " out", out, scatter(finished, row_weight.values), kTolerance);
+
+  if (!transposed) {  // the same from packed weights
+    const TypeKernels& from_packed = current().packed[static_cast<int>(type)];
+    const Buffer packed_up = packed(up_weights, E, W, H, true);
+    const Buffer packed_down = packed(down_weights, E, H, I, false);
+    const int64_t block_up = packed_up.count() / E / ((I + kSplitN - 1) / kSplitN);
+    const int64_t block_down = packed_down.count() / E / ((H + kBlockN - 1) / kBlockN);
+    UpArgs packed_up_args = up_args;
+    packed_up_args.gate =
+        packed_up_args.up = {packed_up.data(), packed_up.count() / E, block_up, 0};
+    ProductArgs packed_product_args = product_args;
+    packed_product_args.weights = {packed_down.data(), packed_down.count() / E, block_down, 0};
+    const Numbers before = activated.values;
+    activated.fill(0);
+    hidden.fill(0);
+    out.fill(0);
+    run(blocks.size() * up_cols, scratch, [&](int64_t i, void* s) {
+      const int64_t col = i % up_cols;
+      from_packed.up(packed_up_args, blocks[i / up_cols], col, col + 1 < up_cols, s);
+    });
+    check(name + " packed hidden", hidden, expected_hidden, kTolerance);
+    check(name + " packed activated", activated, before, kTolerance);
+    run_product(from_packed, packed_product_args);
+    check(name + " packed out", out, scatter(finished, row_weight.values), kTolerance);
+  }
 
   // Backward, from the pre-activation as it was stored.
   Numbers grad_activated(N * I);
@@ -288,15 +331,15 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
     std::swap(back.n_stride, back.k_stride);
     Buffer grad_x(type, T * H);
     run_product(
-        {W,
-         H,
-         {grad_hidden.data(), W, nullptr},
-         back,
-         {nullptr, 0},
-         token.data(),
-         nullptr,
-         grad_x.data(),
-         n_blocks});
+        kernels, {W,
+                  H,
+                  {grad_hidden.data(), W, nullptr},
+                  back,
+                  {nullptr, 0},
+                  token.data(),
+                  nullptr,
+                  grad_x.data(),
+                  n_blocks});
     Numbers grad_rows(N * H);
     oracle::add_product(dense, grad_hidden.values, up_weights.values, H, W, transposed, grad_rows);
     check(name + " grad_x", grad_x, scatter(grad_rows, Numbers(N, 1)), kTolerance);

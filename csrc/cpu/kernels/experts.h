@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/gemm/formats/dense.h"
+#include "cpu/kernels/gemm/formats/packed.h"
 #include "cpu/kernels/gemm/grad_weights.h"
 #include "cpu/kernels/gemm/product.h"
 #include "cpu/kernels/simd/math.h"
@@ -300,17 +301,23 @@ struct Experts {
   }
 
   static constexpr TypeKernels table() {
-    return {
-        kBlockM,
-        P::scratch_bytes,
-        GradWeights<S>::scratch_bytes,
-        up,
-        product,
-        grad_hidden,
-        grad_weights,
-        column_sum,
-        unpermute,
-        unpermute_backward};
+    TypeKernels kernels = forward_table();
+    kernels.grad_scratch_bytes = GradWeights<S>::scratch_bytes;
+    kernels.grad_hidden = grad_hidden;
+    kernels.grad_weights = grad_weights;
+    kernels.column_sum = column_sum;
+    kernels.unpermute = unpermute;
+    kernels.unpermute_backward = unpermute_backward;
+    return kernels;
+  }
+  // Of formats that have no gradient.
+  static constexpr TypeKernels forward_table() {
+    TypeKernels kernels{};
+    kernels.max_block_rows = kBlockM;
+    kernels.scratch_bytes = P::scratch_bytes;
+    kernels.up = up;
+    kernels.product = product;
+    return kernels;
   }
 };
 

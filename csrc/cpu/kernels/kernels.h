@@ -31,6 +31,7 @@ struct Rows {
 
 // One weight matrix per expert: element (n, k), output and input, of expert e lies at
 // data + e * expert_stride + n * n_stride + k * k_stride. One of n_stride, k_stride is 1.
+// Packed ones (gemm/formats/packed.h): n_stride is the elements of a block, k_stride unused.
 struct Weights {
   const void* data;
   int64_t expert_stride;
@@ -203,6 +204,7 @@ struct RouterKernels {
 struct Kernels {
   const char* isa;
   TypeKernels type[4];      // by Type
+  TypeKernels packed[4];    // by Type, of packed weights: up and product only
   RouterKernels router[2];  // kF64, kF32
 };
 

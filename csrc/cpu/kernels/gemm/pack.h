@@ -27,12 +27,13 @@ struct Pack : F::Operands {
     const int64_t n = index * kPanelSplitN;
     for (int split = 0; split < 2; ++split, out += kPanelSplitN) {
       const int64_t count = smaller(b.count[split] - n, kPanelSplitN);
-      if (b.has_dense_terms()) {
-        transposed(F::terms(b, split, n, first_term), count, kPanelSplitN, terms, out, kPanelN);
-      } else {
-        straight(
-            F::steps(b, split, n, first_term), count, kPanelSplitN, terms, out, kPanelN, kLanes);
+      if constexpr (F::kHasTerms) {
+        if (b.has_dense_terms()) {
+          transposed(F::terms(b, split, n, first_term), count, kPanelSplitN, terms, out, kPanelN);
+          continue;
+        }
       }
+      straight(F::steps(b, split, n, first_term), count, kPanelSplitN, terms, out, kPanelN, kLanes);
     }
   }
 

@@ -42,8 +42,9 @@ struct Product : A::Operands {
         smaller(rows, kMaxDotM) * row_pitch(smaller(terms, Dots<W>::kBlockTerms));
     const int64_t packed_rows = kDirect ? 0 : rows * row_pitch(block);
     const int64_t copied = larger(larger(dot_rows, packed_rows), row_pitch(terms));
-    return Scratch::bytes<C>(n_blocks * rows * kBlockN) +
-           Scratch::bytes<Operand>(steps_of(block) * kPanelN) + Scratch::bytes<char>(copied);
+    const int64_t panel = W::kLiesInPanels ? 0 : steps_of(block) * kPanelN;
+    return Scratch::bytes<C>(n_blocks * rows * kBlockN) + Scratch::bytes<Operand>(panel) +
+           Scratch::bytes<char>(copied);
   }
 
   // For each of n_blocks blocks of columns side by side: c [rows, kBlockN] = rows of a times
@@ -54,11 +55,11 @@ struct Product : A::Operands {
       const Columns* next, void* scratch_buffer, const Epilogue<C>& epilogue) {
     const Path path = path_of(rows, terms, *w);
     const bool copies = copies_rows(path, rows, terms);
-    const int64_t block = smaller(terms, most_terms(path, terms, n_blocks));
+    const int64_t block = smaller(terms, most_terms(path, rows, terms, n_blocks));
     Scratch scratch(scratch_buffer);
     C* c = scratch.take<C>(n_blocks * rows * kBlockN);
-    Operand* panel =
-        path == Path::kTiles ? scratch.take<Operand>(steps_of(block) * kPanelN) : nullptr;
+    const bool packs = path == Path::kTiles && !W::kLiesInPanels;
+    Operand* panel = packs ? scratch.take<Operand>(steps_of(block) * kPanelN) : nullptr;
     char* copied = copies ? scratch.take<char>(rows * row_pitch(block)) : nullptr;
     const char* row[kBlockM];
     for (int64_t first = 0; first < terms; first += block) {
@@ -84,21 +85,28 @@ struct Product : A::Operands {
       }
       for (int64_t n_block = 0; n_block < n_blocks; ++n_block) {
         C* c_block = c + n_block * rows * kBlockN;
-        if (path != Path::kTiles) {
-          Dots<W>::block(
-              row, rows, Dots<W>::m_tiles_of(rows), w[n_block], first, count, path == Path::kStream,
-              c_block, prefetcher);
-          if (last) epilogue(c_block, 0, rows, n_block);
-          continue;
+        if constexpr (W::kHasTerms) {
+          if (path != Path::kTiles) {
+            Dots<W>::block(
+                row, rows, Dots<W>::m_tiles_of(rows), w[n_block], first, count,
+                path == Path::kStream, c_block, prefetcher);
+            if (last) epilogue(c_block, 0, rows, n_block);
+            continue;
+          }
         }
         const typename Tile<S>::Rows a_rows{
             row, rows, sizeof(Operand), row_bytes, kPairs && count % 2};
         const int64_t panels = Pack<W>::panels_of(w[n_block]);
         for (int64_t p = 0; p < panels; ++p) {
-          Pack<W>::panel(w[n_block], p, first, count, panel);
+          const Operand* b = panel;
+          if constexpr (W::kLiesInPanels) {
+            b = W::panel(w[n_block], p, first);
+          } else {
+            Pack<W>::panel(w[n_block], p, first, count, panel);
+          }
           const bool complete = last && p + 1 == panels;
-          Tile<S>::column(
-              a_rows, steps_of(count), panel,
+          Tile<S>::template column<W::kLiesInPanels>(
+              a_rows, steps_of(count), b,
               {c_block, p * kPanelSplitN, first > 0, complete ? epilogue : Epilogue<C>(), n_block},
               prefetcher);
         }
@@ -123,8 +131,10 @@ struct Product : A::Operands {
     return !kDirect || (path == Path::kDots && rows <= Dots<W>::max_m(terms));
   }
 
-  static int64_t most_terms(Path path, int64_t terms, int64_t n_blocks) {
+  static int64_t most_terms(Path path, int64_t rows, int64_t terms, int64_t n_blocks) {
     if (path == Path::kStream) return terms;
+    // One tile reads a panel once, so it need not stay in a cache.
+    if (W::kLiesInPanels && kPanelN == kBlockN && rows <= kTileM) return terms;
     if (path == Path::kDots) return Dots<W>::kBlockTerms;
     return n_blocks > 1 ? kWideBlockK : kBlockK;
   }

@@ -51,10 +51,16 @@ struct Tile : Operands<S> {
   using typename O::Reg;
   using typename O::V;
 
+  // Steps fetched ahead: of a panel that a cache holds, and of one that comes from memory, where
+  // the hardware's own prefetching stops at the end of a page.
+  static constexpr int kStepsAhead = 4, kFarStepsAhead = 16;
+
   // c [kM, kBlockN] (+)= a panel: row m's operand of a step lies a_step bytes after that of
-  // the step before. `odd`: the last step's second term does not exist in a.
+  // the step before. `odd`: the last step's second term does not exist in a. The panel's steps lie
+  // kPitch operands apart, and its columns of the second split after all of the first that are
+  // stored: those of the panel, or of the whole block.
   // Never inlined: its loop needs all the registers, and a caller's variables would take some.
-  template <int kM>
+  template <int kM, int kPitch, int kAhead>
   static MOE_NOINLINE void one(
       int64_t steps, bool odd, const char* const* a, int64_t a_step, const Operand* panel, C* c,
       bool accumulate, Prefetcher& prefetcher, const DirectStore<S>& direct) {
@@ -63,6 +69,7 @@ struct Tile : Operands<S> {
       return j * kLanes + (j < kTileVecs / 2 ? 0 : kSplitN - kPanelSplitN);
     };
     const auto place = [&](int m, int j) { return c + m * kBlockN + col(j); };
+    const auto in_panel = [&](int j) { return kPitch == kPanelN ? j * kLanes : col(j); };
 #pragma GCC unroll 8
     for (int m = 0; m < kM; ++m) {
 #pragma GCC unroll 4
@@ -82,8 +89,8 @@ struct Tile : Operands<S> {
         OperandReg b[kTileVecs];
 #pragma GCC unroll 4
         for (int j = 0; j < kTileVecs; ++j) {
-          __builtin_prefetch(panel + 4 * kPanelN + j * kLanes);
-          b[j] = read_as<OperandReg>(panel + j * kLanes);
+          __builtin_prefetch(panel + kAhead * kPitch + in_panel(j));
+          b[j] = read_as<OperandReg>(panel + in_panel(j));
         }
 #pragma GCC unroll 8
         for (int m = 0; m < kM; ++m) {
@@ -92,7 +99,7 @@ struct Tile : Operands<S> {
           for (int j = 0; j < kTileVecs; ++j) sum[m][j] = multiply_add(x, b[j], sum[m][j]);
         }
         at += a_step;
-        panel += kPanelN;
+        panel += kPitch;
       }
     }
     if (odd) {
@@ -101,7 +108,7 @@ struct Tile : Operands<S> {
         const OperandReg x = broadcast(read_as<uint16_t>(row[m] + at));
 #pragma GCC unroll 4
         for (int j = 0; j < kTileVecs; ++j) {
-          sum[m][j] = multiply_add(x, read_as<OperandReg>(panel + j * kLanes), sum[m][j]);
+          sum[m][j] = multiply_add(x, read_as<OperandReg>(panel + in_panel(j)), sum[m][j]);
         }
       }
     }
@@ -143,8 +150,9 @@ struct Tile : Operands<S> {
     DirectStore<S> direct = {};
   };
 
-  // The tiles of the rows from `first` on.
-  template <int kM = kTileM>
+  // The tiles of the rows from `first` on. kFar: the panel was not packed by us but lies in memory,
+  // where the first tile reads it, its steps kBlockN operands apart.
+  template <bool kFar = false, int kM = kTileM>
   static MOE_INLINE void column(
       const Rows& rows, int64_t steps, const Operand* panel, const Sums& sums,
       Prefetcher& prefetcher, int64_t first = 0) {
@@ -154,13 +162,16 @@ struct Tile : Operands<S> {
       prefetcher.set_rows(after, smaller(rows.count - first - kM, kTileM), rows.fetched_bytes);
       DirectStore<S> direct = sums.direct;
       if (direct.out) direct.out += first * direct.stride + sums.panel_col;
-      one<kM>(
+      constexpr int kPitch = kFar ? kBlockN : kPanelN;
+      const auto tile =
+          kFar && first == 0 ? one<kM, kPitch, kFarStepsAhead> : one<kM, kPitch, kStepsAhead>;
+      tile(
           steps, rows.odd, rows.row + first, rows.step, panel, c + sums.panel_col, sums.accumulate,
           prefetcher, direct);
       sums.epilogue(c, first, kM, sums.n_block);
     }
     if constexpr (kM > 1) {
-      if (first < rows.count) column<kM - 1>(rows, steps, panel, sums, prefetcher, first);
+      if (first < rows.count) column<kFar, kM - 1>(rows, steps, panel, sums, prefetcher, first);
     }
   }
 };

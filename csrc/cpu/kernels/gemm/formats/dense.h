@@ -4,9 +4,12 @@
 //   Columns                        where the columns of a block lie: count[split], size(),
 //                                  has_dense_terms(): whether a column's terms are neighbours
 //   columns, pair_columns          those of an expert's matrix
+//   kHasTerms                      whether that occurs; if not, Terms is empty
 //   Terms, terms(b, split, n, k)   reads consecutive terms of columns, where those are dense
 //   Steps, steps(b, split, n, k)   reads consecutive columns of a step, where those are dense
 //   line_grids                     the lines of memory that a block of terms lies in
+//   kLiesInPanels                  whether operands are stored as tiles read them, steps kBlockN
+//                                  operands apart; then panel(b, p, k) says where
 // and every load gives operands (gemm/operands.h), so that whatever is stored is decoded there.
 #pragma once
 
@@ -25,6 +28,8 @@ struct Dense {
   static constexpr bool kPairs = Operands::kPairs;
   static constexpr int kLanes = Operands::kLanes;
   static constexpr int kTermsPerStep = Operands::kTermsPerStep;
+  static constexpr bool kHasTerms = true;
+  static constexpr bool kLiesInPanels = false;
 
   // The columns of a block are two splits: gate and up, or simply neighbours.
   struct Columns {
