@@ -48,11 +48,11 @@ struct Product : A::Operands {
 
   // For each of n_blocks blocks of columns side by side: c [rows, kBlockN] = rows of a times
   // w[n_block], over `terms`, goes to the epilogue; columns that w does not have are undefined.
-  // `next` may name the w of the next product, to be fetched ahead.
+  // `expert_rows`: RowBlock. `next` may name the w of the next product, to be fetched ahead.
   static void run(
-      const S* const* a, int64_t rows, int64_t terms, const Columns* w, int64_t n_blocks,
-      const Columns* next, void* scratch_buffer, const Epilogue<C>& epilogue) {
-    const Path path = path_of(rows, terms, *w);
+      const S* const* a, int64_t rows, int64_t expert_rows, int64_t terms, const Columns* w,
+      int64_t n_blocks, const Columns* next, void* scratch_buffer, const Epilogue<C>& epilogue) {
+    const Path path = path_of(expert_rows, terms, *w);
     const bool copies = copies_rows(path, rows, terms);
     const int64_t block = smaller(terms, most_terms(path, terms, n_blocks));
     Scratch scratch(scratch_buffer);
@@ -85,9 +85,13 @@ struct Product : A::Operands {
       for (int64_t n_block = 0; n_block < n_blocks; ++n_block) {
         C* c_block = c + n_block * rows * kBlockN;
         if (path != Path::kTiles) {
-          Dots<W>::block(
-              row, rows, Dots<W>::m_tiles_of(rows), w[n_block], first, count, path == Path::kStream,
-              c_block, prefetcher);
+          if (path == Path::kStream) {
+            Dots<W>::stream(row, w[n_block], first, count, c_block, prefetcher);
+          } else {
+            Dots<W>::block(
+                row, rows, Dots<W>::m_tiles_of(rows), w[n_block], first, count, c_block,
+                prefetcher);
+          }
           if (last) epilogue(c_block, 0, rows, n_block);
           continue;
         }
@@ -108,13 +112,17 @@ struct Product : A::Operands {
 
  private:
   // kTiles: W is packed. kDots: it is read where it lies. kStream: so it is, a column at a time
-  // over all terms, in one stream from memory.
+  // over all terms, in one stream from memory. Each has one order of summing, whatever the rows,
+  // columns and terms that are taken at once:
+  // - kTiles: a chain of multiply-adds over the terms, also across blocks of terms;
+  // - kDots: such a chain in each lane, then the sum of the lanes, for every kBlockTerms terms;
+  // - kStream: several chains in each lane over all terms, then the sum of all.
   enum class Path { kTiles, kDots, kStream };
 
-  static Path path_of(int64_t rows, int64_t terms, const Columns& w) {
-    const bool few = rows <= Dots<W>::max_m(terms) || (kDirect && w.size() <= kMaxDotN);
+  static Path path_of(int64_t expert_rows, int64_t terms, const Columns& w) {
+    const bool few = expert_rows <= Dots<W>::max_m(terms) || (kDirect && w.size() <= kMaxDotN);
     if (!w.has_dense_terms() || !few) return Path::kTiles;
-    return rows == 1 ? Path::kStream : Path::kDots;
+    return expert_rows == 1 ? Path::kStream : Path::kDots;
   }
 
   // Rows are copied where they must be widened, and for dot products, which go over them once for
