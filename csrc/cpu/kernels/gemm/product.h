@@ -9,6 +9,7 @@
 
 #include "cpu/kernels/gemm/dots.h"
 #include "cpu/kernels/gemm/pack.h"
+#include "cpu/kernels/gemm/squares.h"
 #include "cpu/kernels/gemm/tile.h"
 #include "cpu/kernels/scratch.h"
 
@@ -41,7 +42,8 @@ struct Product : A::Operands {
     const int64_t dot_rows =
         smaller(rows, kMaxDotM) * row_pitch(smaller(terms, Dots<W>::kBlockTerms));
     const int64_t packed_rows = kDirect ? 0 : rows * row_pitch(block);
-    const int64_t copied = larger(larger(dot_rows, packed_rows), row_pitch(terms));
+    const int64_t whole_rows = smaller(rows, Squares<W>::kMaxM) * row_pitch(terms);
+    const int64_t copied = larger(larger(dot_rows, packed_rows), whole_rows);
     return Scratch::bytes<C>(n_blocks * rows * kBlockN) +
            Scratch::bytes<Operand>(steps_of(block) * kPanelN) + Scratch::bytes<char>(copied);
   }
@@ -52,7 +54,7 @@ struct Product : A::Operands {
   static void run(
       const S* const* a, int64_t rows, int64_t expert_rows, int64_t terms, const Columns* w,
       int64_t n_blocks, const Columns* next, void* scratch_buffer, const Epilogue<C>& epilogue) {
-    const Path path = path_of(expert_rows, terms, *w);
+    const Path path = path_of(rows, expert_rows, terms, *w);
     const bool copies = copies_rows(path, rows, terms);
     const int64_t block = smaller(terms, most_terms(path, terms, n_blocks));
     Scratch scratch(scratch_buffer);
@@ -74,7 +76,7 @@ struct Product : A::Operands {
       Prefetcher prefetcher(reinterpret_cast<const char*>(c));
       const bool last = first + count == terms;
       const int64_t row_bytes = count * static_cast<int64_t>(sizeof(Operand)) / kTermsPerStep;
-      if (path != Path::kStream && !(last && !next)) {
+      if ((path == Path::kTiles || path == Path::kDots) && !(last && !next)) {
         const int64_t coming = last ? smaller(terms, block) : smaller(terms - first - count, block);
         const int64_t calls =
             path == Path::kTiles ? tile_calls(rows, count, row_bytes) : dot_calls(rows, count);
@@ -87,6 +89,8 @@ struct Product : A::Operands {
         if (path != Path::kTiles) {
           if (path == Path::kStream) {
             Dots<W>::stream(row, w[n_block], first, count, c_block, prefetcher);
+          } else if (path == Path::kSquares) {
+            Squares<W>::block(row, rows, w[n_block], terms, c_block);
           } else {
             Dots<W>::block(
                 row, rows, Dots<W>::m_tiles_of(rows), w[n_block], first, count, c_block,
@@ -112,16 +116,18 @@ struct Product : A::Operands {
 
  private:
   // kTiles: W is packed. kDots: it is read where it lies. kStream: so it is, a column at a time
-  // over all terms, in one stream from memory. Each has one order of summing, whatever the rows,
-  // columns and terms that are taken at once:
-  // - kTiles: a chain of multiply-adds over the terms, also across blocks of terms;
+  // over all terms, in one stream from memory. kSquares: few of an expert's many rows. Each has one
+  // order of summing, whatever the rows, columns and terms that are taken at once:
+  // - kTiles, kSquares: a chain of multiply-adds over the terms, also across blocks of them;
   // - kDots: such a chain in each lane, then the sum of the lanes, for every kBlockTerms terms;
   // - kStream: several chains in each lane over all terms, then the sum of all.
-  enum class Path { kTiles, kDots, kStream };
+  enum class Path { kTiles, kSquares, kDots, kStream };
 
-  static Path path_of(int64_t expert_rows, int64_t terms, const Columns& w) {
+  // Between different orders only the expert's rows may choose.
+  static Path path_of(int64_t rows, int64_t expert_rows, int64_t terms, const Columns& w) {
     const bool few = expert_rows <= Dots<W>::max_m(terms) || (kDirect && w.size() <= kMaxDotN);
-    if (!w.has_dense_terms() || !few) return Path::kTiles;
+    if (!w.has_dense_terms()) return Path::kTiles;
+    if (!few) return rows <= Squares<W>::kMaxM ? Path::kSquares : Path::kTiles;
     return expert_rows == 1 ? Path::kStream : Path::kDots;
   }
 
@@ -132,7 +138,7 @@ struct Product : A::Operands {
   }
 
   static int64_t most_terms(Path path, int64_t terms, int64_t n_blocks) {
-    if (path == Path::kStream) return terms;
+    if (path == Path::kStream || path == Path::kSquares) return terms;
     if (path == Path::kDots) return Dots<W>::kBlockTerms;
     return n_blocks > 1 ? kWideBlockK : kBlockK;
   }
