@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "cpu/kernels/batch_invariant.h"
 #include "cpu/kernels/kernels.h"
 
 namespace {
@@ -38,4 +39,9 @@ PYBIND11_MODULE(_C, m) {
       "set_cpu_isa",
       [](const std::string& name) { return moe_ext::cpu::kernels::set_isa(name.c_str()); },
       "Caps the instruction set; False if this machine lacks it.");
+  m.def(
+      "is_batch_invariant", &moe_ext::cpu::kernels::is_batch_invariant,
+      "The batch-invariant mode.");
+  m.def(
+      "set_batch_invariant", &moe_ext::cpu::kernels::set_batch_invariant, "Switches it on or off.");
 }

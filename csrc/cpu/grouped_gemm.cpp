@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/kernels/batch_invariant.h"
 #include "cpu/operands.h"
 
 namespace moe_ext::cpu {
@@ -31,9 +32,10 @@ std::vector<RowBlock> split_rows(const std::vector<RowBlock>& experts, int64_t m
 }
 
 std::vector<RowBlock> whole_experts(const std::vector<int64_t>& offsets) {
+  const bool invariant = kernels::is_batch_invariant();
   std::vector<RowBlock> blocks;
   for (size_t e = 0; e + 1 < offsets.size(); ++e) {
-    const int64_t rows = offsets[e + 1] - offsets[e];
+    const int64_t rows = invariant ? kernels::kManyRows : offsets[e + 1] - offsets[e];
     blocks.push_back({static_cast<int64_t>(e), offsets[e], offsets[e + 1], rows});
   }
   return blocks;

@@ -13,7 +13,7 @@ namespace moe_ext::cpu {
 
 inline int64_t column_blocks(int64_t columns) { return ceil_div(columns, kernels::kBlockN); }
 
-// All rows of an expert as one block, empty or not.
+// All rows of an expert as one block, empty or not; here the batch-invariant mode is read.
 std::vector<kernels::RowBlock> whole_experts(const std::vector<int64_t>& offsets);
 
 // The rows of every expert in equal blocks of at most max_rows; idle experts have none.

@@ -46,7 +46,9 @@ struct Bias {
 };
 
 // Rows [begin, end) belong to the expert, which has `expert_rows` of them in all. These choose the
-// order of a product's sums, so that a row has the same bits in a block of any size.
+// order of a product's sums, so that a row has the same bits in a block of any size; kManyRows: the
+// order of many rows, whatever their number.
+constexpr int64_t kManyRows = INT64_MAX;
 struct RowBlock {
   int64_t expert;
   int64_t begin;
