@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "cpu/kernels/batch_invariant.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/memory/block_cache.h"
 #include "python/call.h"
@@ -66,4 +67,9 @@ PYBIND11_MODULE(_C, m) {
         return pybind11::reinterpret_steal<pybind11::object>(function);
       },
       "An operator as a function of plain arguments, see csrc/python/call.h.");
+  m.def(
+      "is_batch_invariant", &moe_ext::cpu::kernels::is_batch_invariant,
+      "The batch-invariant mode.");
+  m.def(
+      "set_batch_invariant", &moe_ext::cpu::kernels::set_batch_invariant, "Switches it on or off.");
 }

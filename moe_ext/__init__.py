@@ -104,6 +104,36 @@ def set_cpu_isa(name: str) -> None:
         )
 
 
+def is_batch_invariant() -> bool:
+    """Whether `set_batch_invariant` switched the batch-invariant mode on."""
+    return _C.is_batch_invariant()
+
+
+def set_batch_invariant(enabled: bool) -> None:
+    """Switches the batch-invariant mode of the CPU operators on or off; off at first.
+
+    In this mode the bits of a token's output depend on its own row, its experts' weights and the
+    instruction set, not on the other tokens or their number: a token has the same bits alone and
+    among 200. It holds for `MoE` with a top-k router (and its shared expert), `moe_ffn`,
+    `expert_ffn`, `topk_router` and the router's logits, and for the gradients of tokens and routing
+    weights; the gradient of a weight is a sum over its tokens. It can't hold where the choice of
+    experts looks at other tokens: capacity, token rounding, expert choice.
+
+    Products of few rows take the order of summing of many, which costs time where an expert has few
+    rows. The results agree with those of the other mode within rounding.
+
+    The switch is one for the whole process and may be set from any thread. Every operator reads it
+    when it begins, also in a compiled or exported model. CUDA operators take no notice of it.
+
+    Raises TypeError if `enabled` is not a bool.
+    """
+    if not isinstance(enabled, bool):
+        raise TypeError(
+            f"set_batch_invariant: enabled must be a bool, got {type(enabled).__name__}"
+        )
+    _C.set_batch_invariant(enabled)
+
+
 __all__ = [
     "ExpertChoiceRouter",
     "GivenIdsRouter",
@@ -120,6 +150,7 @@ __all__ = [
     "empty_cache",
     "expert_ffn",
     "hash_ids",
+    "is_batch_invariant",
     "load_balancing_loss",
     "memory_stats",
     "moe_ffn",
@@ -129,6 +160,7 @@ __all__ = [
     "reference",
     "router_z_loss",
     "set_aux_loss_scale",
+    "set_batch_invariant",
     "set_cpu_isa",
     "set_memory_limit",
     "topk_router",

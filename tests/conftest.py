@@ -44,6 +44,31 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+ISAS = ["generic", "avx2", "avx512", "avx512_bf16"]  # each needs the ones before it
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """The CPU's instruction sets, one after the other."""
+    import moe_ext
+
+    best = moe_ext.cpu_isa()
+    if ISAS.index(request.param) > ISAS.index(best):
+        pytest.skip(f"this machine has {best}")
+    moe_ext.set_cpu_isa(request.param)
+    assert moe_ext.cpu_isa() == request.param
+    yield request.param
+    moe_ext.set_cpu_isa(best)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

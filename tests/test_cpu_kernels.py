@@ -15,8 +15,6 @@ from conftest import (
 import moe_ext
 from moe_ext import reference
 
-ISAS = ["generic", "avx2", "avx512", "avx512_bf16"]  # each needs the ones before it
-
 SHAPES = [  # T, H, I, E, K, routing
     (1, 1, 1, 1, 1, "random"),
     (3, 70, 34, 5, 2, "random"),  # few rows: dot products
@@ -26,24 +24,6 @@ SHAPES = [  # T, H, I, E, K, routing
     (70, 33, 130, 3, 2, "skipped"),
     (533, 129, 65, 4, 2, "skewed"),
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    best = moe_ext.cpu_isa()
-    if ISAS.index(request.param) > ISAS.index(best):
-        pytest.skip(f"this machine has {best}")
-    moe_ext.set_cpu_isa(request.param)
-    assert moe_ext.cpu_isa() == request.param
-    yield request.param
-    moe_ext.set_cpu_isa(best)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def make_inputs(T, H, I, E, K, routing, dtype, **experts):

@@ -202,6 +202,7 @@ MISTAKES = [
     (lambda: moe_ffn(**{**experts(), "topk_weights": None}), TE, "moe_ffn: topk_weights must be a tensor, got None"),
     (lambda: moe_ext.set_cpu_isa(None), V, "set_cpu_isa: name must be generic, avx2, avx512 or avx512_bf16, and this machine must have it, got None"),
     (lambda: moe_ext.set_cpu_isa("sse"), V, "set_cpu_isa: name must be generic, avx2, avx512 or avx512_bf16, and this machine must have it, got 'sse'"),
+    (lambda: moe_ext.set_batch_invariant(1), TE, "set_batch_invariant: enabled must be a bool, got int"),
     (lambda: moe_ext.param_groups(layer(), lr=None, weight_decay=0.1), V, "param_groups: lr must be a finite number, got None"),
     (lambda: moe_ext.param_groups(layer(), lr=1e-3, weight_decay=-1), V, "param_groups: weight_decay must be >= 0, got -1"),
     (lambda: GroupedExperts(E, H, 0), V, "GroupedExperts: intermediate_size must be >= 1, got 0"),

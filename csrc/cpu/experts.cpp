@@ -157,9 +157,10 @@ void run_experts(
       out.mutable_data_ptr(),
       1};
 
-  const auto row_blocks = split_rows(rows.offsets, kernels.max_block_rows);
+  const auto by_expert = whole_experts(rows.offsets);
+  const auto row_blocks = split_rows(by_expert, kernels.max_block_rows);
   const TokenBlocks token_blocks(
-      rows.offsets, rows.token_data(), tokens.size(0), column_tasks(experts.H, down.n_blocks),
+      by_expert, rows.token_data(), tokens.size(0), column_tasks(experts.H, down.n_blocks),
       kernels.max_block_rows);
   const int64_t scratch = std::max(
       kernels.scratch_bytes(largest_block(row_blocks), experts.H, 1),
@@ -201,8 +202,8 @@ class Backward {
         activation_(activation),
         grads_(grads),
         kernels_(kernels_for(tokens.scalar_type())),
-        row_blocks_(split_rows(rows.offsets, kernels_.max_block_rows)),
         whole_experts_(whole_experts(rows.offsets)),
+        row_blocks_(split_rows(whole_experts_, kernels_.max_block_rows)),
         active_(count_active(rows.offsets)),
         rows_per_expert_(rows.size() / std::max<int64_t>(active_, 1)),
         scratch_(
@@ -291,7 +292,7 @@ class Backward {
         mutable_data_or_null(grads_.tokens),
         blocks_per_task(gate_up, experts_.H, tokens_.element_size(), rows_per_expert_)};
     token_blocks_.emplace(
-        rows_.offsets, rows_.token_data(), tokens_.size(0),
+        whole_experts_, rows_.token_data(), tokens_.size(0),
         column_tasks(experts_.H, back_to_tokens_.n_blocks), kernels_.max_block_rows);
     phase.push_back(product_job(kernels_, back_to_tokens_, *token_blocks_));
     const bool wide = tokens_.scalar_type() == at::kDouble;
@@ -358,7 +359,7 @@ class Backward {
   const Activation activation_;
   const RowGrads& grads_;
   const kernels::TypeKernels& kernels_;
-  const std::vector<kernels::RowBlock> row_blocks_, whole_experts_;
+  const std::vector<kernels::RowBlock> whole_experts_, row_blocks_;
   const int64_t active_, rows_per_expert_;
   int64_t scratch_;
 

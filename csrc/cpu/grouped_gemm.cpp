@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/kernels/batch_invariant.h"
 #include "cpu/operands.h"
 
 namespace moe_ext::cpu {
@@ -10,23 +11,32 @@ using kernels::RowBlock;
 using kernels::TokenBlock;
 using kernels::TypeKernels;
 
-std::vector<RowBlock> split_rows(const std::vector<int64_t>& offsets, int64_t max_rows) {
-  std::vector<RowBlock> blocks;
-  for (size_t e = 0; e + 1 < offsets.size(); ++e) {
-    const int64_t rows = offsets[e + 1] - offsets[e];
-    if (rows == 0) continue;
-    const int64_t size = ceil_div(rows, ceil_div(rows, max_rows));
-    for (int64_t begin = offsets[e]; begin < offsets[e + 1]; begin += size) {
-      blocks.push_back({static_cast<int64_t>(e), begin, std::min(begin + size, offsets[e + 1])});
-    }
+namespace {
+
+// Rows of an expert in equal blocks of at most max_rows.
+void split(const RowBlock& rows, int64_t max_rows, std::vector<RowBlock>& blocks) {
+  const int64_t count = rows.end - rows.begin;
+  if (count == 0) return;
+  const int64_t size = ceil_div(count, ceil_div(count, max_rows));
+  for (int64_t begin = rows.begin; begin < rows.end; begin += size) {
+    blocks.push_back({rows.expert, begin, std::min(begin + size, rows.end), rows.expert_rows});
   }
+}
+
+}  // namespace
+
+std::vector<RowBlock> split_rows(const std::vector<RowBlock>& experts, int64_t max_rows) {
+  std::vector<RowBlock> blocks;
+  for (const RowBlock& expert : experts) split(expert, max_rows, blocks);
   return blocks;
 }
 
 std::vector<RowBlock> whole_experts(const std::vector<int64_t>& offsets) {
+  const bool invariant = kernels::is_batch_invariant();
   std::vector<RowBlock> blocks;
   for (size_t e = 0; e + 1 < offsets.size(); ++e) {
-    blocks.push_back({static_cast<int64_t>(e), offsets[e], offsets[e + 1]});
+    const int64_t rows = invariant ? kernels::kManyRows : offsets[e + 1] - offsets[e];
+    blocks.push_back({static_cast<int64_t>(e), offsets[e], offsets[e + 1], rows});
   }
   return blocks;
 }
@@ -56,16 +66,16 @@ int64_t count_blocks(int64_t T, int64_t tasks, int64_t rows_per_expert) {
 }  // namespace
 
 TokenBlocks::TokenBlocks(
-    const std::vector<int64_t>& offsets, const int32_t* token, int64_t T, int64_t tasks,
+    const std::vector<RowBlock>& experts, const int32_t* token, int64_t T, int64_t tasks,
     int64_t max_rows) {
   std::vector<RowBlock> left;  // rows that are in no block yet
-  for (const RowBlock& expert : whole_experts(offsets)) {
+  for (const RowBlock& expert : experts) {
     if (expert.begin < expert.end) left.push_back(expert);
   }
   // Without an index a block holds few experts with all their rows, and splits two of them at most.
   const int64_t groups = token ? std::max<int64_t>(left.size(), 1) : 1;
-  const int64_t size =
-      std::max<int64_t>(ceil_div(T, count_blocks(T, tasks, offsets.back() / groups)), 1);
+  const int64_t N = experts.empty() ? 0 : experts.back().end;
+  const int64_t size = std::max<int64_t>(ceil_div(T, count_blocks(T, tasks, N / groups)), 1);
   for (int64_t begin = 0; begin < T; begin += size) {
     const int64_t end = std::min(begin + size, T);
     const int64_t first_block = rows.size();
@@ -73,10 +83,7 @@ TokenBlocks::TokenBlocks(
       const int64_t stop =
           token ? std::lower_bound(token + expert.begin, token + expert.end, end) - token
                 : std::clamp(end, expert.begin, expert.end);
-      const std::vector<int64_t> range{expert.begin, stop};
-      for (const RowBlock& block : split_rows(range, max_rows)) {
-        rows.push_back({expert.expert, block.begin, block.end});
-      }
+      split({expert.expert, expert.begin, stop, expert.expert_rows}, max_rows, rows);
       expert.begin = stop;
     }
     tokens.push_back({begin, end, first_block, static_cast<int64_t>(rows.size())});
@@ -180,7 +187,8 @@ void grouped_product(
       rows.size(1), N,       rows_of(rows),          weights, bias_of(bias),
       nullptr,      nullptr, out.mutable_data_ptr(), 1};
   const TokenBlocks blocks(
-      offsets, nullptr, rows.size(0), column_tasks(N, args.n_blocks), kernels.max_block_rows);
+      whole_experts(offsets), nullptr, rows.size(0), column_tasks(N, args.n_blocks),
+      kernels.max_block_rows);
   run_phases(
       {{product_job(kernels, args, blocks)}},
       product_scratch(kernels, blocks, args, rows.scalar_type() == at::kDouble),

@@ -13,11 +13,12 @@ namespace moe_ext::cpu {
 
 inline int64_t column_blocks(int64_t columns) { return ceil_div(columns, kernels::kBlockN); }
 
-// The rows of every expert in equal blocks of at most max_rows; idle experts have none.
-std::vector<kernels::RowBlock> split_rows(const std::vector<int64_t>& offsets, int64_t max_rows);
-
-// All rows of an expert as one block, empty or not.
+// All rows of an expert as one block, empty or not; here the batch-invariant mode is read.
 std::vector<kernels::RowBlock> whole_experts(const std::vector<int64_t>& offsets);
+
+// The rows of every expert in equal blocks of at most max_rows; idle experts have none.
+std::vector<kernels::RowBlock> split_rows(
+    const std::vector<kernels::RowBlock>& experts, int64_t max_rows);
 
 int64_t largest_block(const std::vector<kernels::RowBlock>& blocks);
 
@@ -26,10 +27,10 @@ struct TokenBlocks {
   std::vector<kernels::TokenBlock> tokens;
   std::vector<kernels::RowBlock> rows;
 
-  // T tokens; token [N] of each row, ascending within an expert, or null: row r is token r;
-  // `tasks` that a block is cut into along the result's columns.
+  // The rows of whole experts; T tokens; token [N] of each row, ascending within an expert, or
+  // null: row r is token r; `tasks` that a block is cut into along the result's columns.
   TokenBlocks(
-      const std::vector<int64_t>& offsets, const int32_t* token, int64_t T, int64_t tasks,
+      const std::vector<kernels::RowBlock>& experts, const int32_t* token, int64_t T, int64_t tasks,
       int64_t max_rows);
 };
 

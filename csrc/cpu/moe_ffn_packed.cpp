@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 
 #include "cpu/experts.h"
-#include "cpu/huge_pages.h"
 #include "cpu/register.h"
 
 namespace moe_ext::cpu {
@@ -44,7 +43,6 @@ at::Tensor pack_weights(const at::Tensor& weight, bool gated) {
   const Splits splits(gated);
   const int64_t n = N / splits.count;
   const at::Tensor packed = empty_result({E, blocks, steps, kPackedColumns, terms}, weight.options());
-  advise_huge_pages(packed);
   for (int64_t e = 0; e < E; ++e) {
     at::Tensor columns = weight.select(0, e).reshape({splits.count, n, K});
     const int64_t more_n = blocks * splits.width - n, more_k = steps * terms - K;

@@ -174,11 +174,11 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
     return out;
   };
 
-  std::vector<RowBlock> blocks, experts{{0, 0, rows}, {1, rows, N}};
+  std::vector<RowBlock> blocks, experts{{0, 0, rows, rows}, {1, rows, N, N - rows}};
   for (const RowBlock& expert : experts) {
     for (int64_t begin = expert.begin; begin < expert.end; begin += kernels.max_block_rows) {
-      blocks.push_back(
-          {expert.expert, begin, std::min(begin + kernels.max_block_rows, expert.end)});
+      const int64_t end = std::min(begin + kernels.max_block_rows, expert.end);
+      blocks.push_back({expert.expert, begin, end, expert.expert_rows});
     }
   }
   const int64_t scratch = kernels.scratch_bytes(
@@ -241,7 +241,7 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
                token.begin();
       };
       if (edge(begin) < edge(end))
-        token_block_rows.push_back({block.expert, edge(begin), edge(end)});
+        token_block_rows.push_back({block.expert, edge(begin), edge(end), block.expert_rows});
     }
     token_blocks.push_back({begin, end, first, static_cast<int64_t>(token_block_rows.size())});
   }
@@ -347,7 +347,7 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
     if (n_blocks > 1) continue;
     // And an idle expert.
     std::vector<RowBlock> three = experts;
-    three.push_back({2, N, N});
+    three.push_back({2, N, N, 0});
     oracle::Groups three_gathered = gathered;
     three_gathered.offsets.push_back(static_cast<int32_t>(N));
     Buffer grad_up(type, 3 * W * H), sums(type, 3 * W);

@@ -66,7 +66,9 @@ struct Experts {
       write_up(args, block.begin + first, tile_rows, n, count, bias, c);
     };
     const Columns after = next ? up_columns(args, block.expert, col + 1) : w;
-    P::run(row, rows, args.H, &w, 1, next ? &after : nullptr, scratch, Epilogue<C>(epilogue));
+    P::run(
+        row, rows, block.expert_rows, args.H, &w, 1, next ? &after : nullptr, scratch,
+        Epilogue<C>(epilogue));
   }
 
   // Bias, the pre-activation and the activation of some rows of a block: columns [n, n + count),
@@ -145,7 +147,7 @@ struct Experts {
           args.weights, blocks[more ? i + 1 : tokens.first_block].expert,
           more || !next ? n : n + pitch, args.N);
       P::run(
-          row, rows, args.K, w, n_blocks, more || next ? &after : nullptr, rest,
+          row, rows, block.expert_rows, args.K, w, n_blocks, more || next ? &after : nullptr, rest,
           Epilogue<C>(add_rows));
     }
     S* out = static_cast<S*>(args.out) + tokens.begin * args.N + n;
@@ -171,7 +173,9 @@ struct Experts {
       write_grad_hidden(args, block.begin + first, tile_rows, col * args.n_blocks + n_block, c);
     };
     const Columns after = next ? W::columns(args.down, block.expert, n + pitch, args.I) : Columns();
-    P::run(row, rows, args.H, w, n_blocks, next ? &after : nullptr, scratch, Epilogue<C>(epilogue));
+    P::run(
+        row, rows, block.expert_rows, args.H, w, n_blocks, next ? &after : nullptr, scratch,
+        Epilogue<C>(epilogue));
 
     const S* bias = of_expert(args.down_bias, block.expert);
     if (!args.grad_weight_sums || !bias || col > 0) return;

@@ -1,8 +1,9 @@
 // The CPU kernels: one table of functions for each instruction set, without torch.
 //
 // Work is cut into tasks that depend on shapes and routing alone, each writing places of its own,
-// so the bits of a result depend neither on the number of threads nor on who runs which task.
-// Letters as everywhere: T tokens, H hidden, I intermediate, E experts, N routed rows.
+// so the bits of a result depend neither on the number of threads nor on who runs which task. Nor
+// do those of a row depend on how its expert's rows are cut: RowBlock. Letters as everywhere: T
+// tokens, H hidden, I intermediate, E experts, N routed rows.
 #pragma once
 
 #include <cstdint>
@@ -45,11 +46,15 @@ struct Bias {
   int64_t expert_stride;
 };
 
-// Rows [begin, end) belong to the expert.
+// Rows [begin, end) belong to the expert, which has `expert_rows` of them in all. These choose the
+// order of a product's sums, so that a row has the same bits in a block of any size; kManyRows: the
+// order of many rows, whatever their number.
+constexpr int64_t kManyRows = INT64_MAX;
 struct RowBlock {
   int64_t expert;
   int64_t begin;
   int64_t end;
+  int64_t expert_rows;
 };
 
 // Pre-activations and activations of routed rows.

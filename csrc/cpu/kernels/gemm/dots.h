@@ -39,42 +39,55 @@ struct Dots : W::Operands {
   }
 
   // c (+)= dot products of all rows and columns over the terms [first, first + terms), which a
-  // begins with, in `m_tiles` tiles of kM or fewer rows each, as even as can be. `stream`: one
-  // column at a time, so that b is read from memory in one stream.
+  // begins with, in `m_tiles` tiles of kM or fewer rows each, as even as can be.
   template <int kM = kTileM>
   static void block(
       const char* const* a, int64_t rows, int64_t m_tiles, const Columns& b, int64_t first,
-      int64_t terms, bool stream, C* c, Prefetcher& prefetcher) {
+      int64_t terms, C* c, Prefetcher& prefetcher) {
     for (; rows > (kM - 1) * m_tiles; --m_tiles, rows -= kM, a += kM) {
-      row_panel<kM>(a, b, first, terms, stream, c, prefetcher);
+      row_panel<kM>(a, b, first, terms, c, prefetcher);
       c += kM * kBlockN;
     }
     if constexpr (kM > 1) {
-      if (rows > 0) block<kM - 1>(a, rows, m_tiles, b, first, terms, stream, c, prefetcher);
+      if (rows > 0) block<kM - 1>(a, rows, m_tiles, b, first, terms, c, prefetcher);
+    }
+  }
+
+  // The same of one row, a column at a time, so that b is read from memory in one stream.
+  static void stream(
+      const char* const* a, const Columns& b, int64_t first, int64_t terms, C* c,
+      Prefetcher& prefetcher) {
+    for (int split = 0; split < 2; ++split, c += kSplitN) {
+      for (int64_t n = 0; n < b.count[split]; ++n) {
+        tile<1, 1, kStreamSums>(
+            a, W::terms(b, split, n, first), terms, c + n, first > 0, prefetcher);
+      }
     }
   }
 
  private:
-  // All columns of b with kM rows of a.
+  // A single product needs several sums, or every multiply-add would wait for the one before.
+  static constexpr int kStreamSums = 4;
+
+  // All columns of b with kM rows of a. The last few columns take one sum as the others do: which
+  // kM a row falls into must not show in its bits.
   template <int kM>
   static void row_panel(
-      const char* const* a, const Columns& b, int64_t first, int64_t terms, bool stream, C* c,
+      const char* const* a, const Columns& b, int64_t first, int64_t terms, C* c,
       Prefetcher& prefetcher) {
-    constexpr int kSums = kM >= 4 ? 1 : 4 / kM;
     for (int split = 0; split < 2; ++split, c += kSplitN) {
       int64_t n = 0;
-      for (; !stream && n + kTileVecs <= b.count[split]; n += kTileVecs) {
+      for (; n + kTileVecs <= b.count[split]; n += kTileVecs) {
         tile<kM, kTileVecs, 1>(
             a, W::terms(b, split, n, first), terms, c + n, first > 0, prefetcher);
       }
       for (; n < b.count[split]; ++n) {
-        tile<kM, 1, kSums>(a, W::terms(b, split, n, first), terms, c + n, first > 0, prefetcher);
+        tile<kM, 1, 1>(a, W::terms(b, split, n, first), terms, c + n, first > 0, prefetcher);
       }
     }
   }
 
-  // c (+)= dot products of kM rows of a (operands) and kN of b, kSums partial sums for each:
-  // few products need several sums each, or every multiply-add would wait for the one before.
+  // c (+)= dot products of kM rows of a (operands) and kN of b, kSums partial sums for each.
   template <int kM, int kN, int kSums>
   static MOE_NOINLINE void tile(
       const char* const* a, const typename W::Terms b, int64_t terms, C* c, bool accumulate,

@@ -68,10 +68,10 @@ struct Operands : Multiplied<S> {
     if constexpr (kPairs) {
       return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a));
     } else {
-      return a * b + c;
+      return fused_multiply_add(a, b, c);
     }
 #else
-    return a * b + c;
+    return fused_multiply_add(a, b, c);
 #endif
   }
 };

@@ -9,6 +9,7 @@
 
 #include "cpu/kernels/gemm/dots.h"
 #include "cpu/kernels/gemm/pack.h"
+#include "cpu/kernels/gemm/squares.h"
 #include "cpu/kernels/gemm/tile.h"
 #include "cpu/kernels/scratch.h"
 
@@ -41,7 +42,8 @@ struct Product : A::Operands {
     const int64_t dot_rows =
         smaller(rows, kMaxDotM) * row_pitch(smaller(terms, Dots<W>::kBlockTerms));
     const int64_t packed_rows = kDirect ? 0 : rows * row_pitch(block);
-    const int64_t copied = larger(larger(dot_rows, packed_rows), row_pitch(terms));
+    const int64_t whole_rows = smaller(rows, Squares<W>::kMaxM) * row_pitch(terms);
+    const int64_t copied = larger(larger(dot_rows, packed_rows), whole_rows);
     const int64_t panel = W::kLiesInPanels ? 0 : steps_of(block) * kPanelN;
     return Scratch::bytes<C>(n_blocks * rows * kBlockN) + Scratch::bytes<Operand>(panel) +
            Scratch::bytes<char>(copied);
@@ -49,11 +51,11 @@ struct Product : A::Operands {
 
   // For each of n_blocks blocks of columns side by side: c [rows, kBlockN] = rows of a times
   // w[n_block], over `terms`, goes to the epilogue; columns that w does not have are undefined.
-  // `next` may name the w of the next product, to be fetched ahead.
+  // `expert_rows`: RowBlock. `next` may name the w of the next product, to be fetched ahead.
   static void run(
-      const S* const* a, int64_t rows, int64_t terms, const Columns* w, int64_t n_blocks,
-      const Columns* next, void* scratch_buffer, const Epilogue<C>& epilogue) {
-    const Path path = path_of(rows, terms, *w);
+      const S* const* a, int64_t rows, int64_t expert_rows, int64_t terms, const Columns* w,
+      int64_t n_blocks, const Columns* next, void* scratch_buffer, const Epilogue<C>& epilogue) {
+    const Path path = path_of(rows, expert_rows, terms, *w);
     const bool copies = copies_rows(path, rows, terms);
     const int64_t block = smaller(terms, most_terms(path, rows, terms, n_blocks));
     Scratch scratch(scratch_buffer);
@@ -75,7 +77,7 @@ struct Product : A::Operands {
       Prefetcher prefetcher(reinterpret_cast<const char*>(c));
       const bool last = first + count == terms;
       const int64_t row_bytes = count * static_cast<int64_t>(sizeof(Operand)) / kTermsPerStep;
-      if (path != Path::kStream && !(last && !next)) {
+      if ((path == Path::kTiles || path == Path::kDots) && !(last && !next)) {
         const int64_t coming = last ? smaller(terms, block) : smaller(terms - first - count, block);
         const int64_t calls =
             path == Path::kTiles ? tile_calls(rows, count, row_bytes) : dot_calls(rows, count);
@@ -87,9 +89,15 @@ struct Product : A::Operands {
         C* c_block = c + n_block * rows * kBlockN;
         if constexpr (W::kHasTerms) {
           if (path != Path::kTiles) {
-            Dots<W>::block(
-                row, rows, Dots<W>::m_tiles_of(rows), w[n_block], first, count,
-                path == Path::kStream, c_block, prefetcher);
+            if (path == Path::kStream) {
+              Dots<W>::stream(row, w[n_block], first, count, c_block, prefetcher);
+            } else if (path == Path::kSquares) {
+              Squares<W>::block(row, rows, w[n_block], terms, c_block);
+            } else {
+              Dots<W>::block(
+                  row, rows, Dots<W>::m_tiles_of(rows), w[n_block], first, count, c_block,
+                  prefetcher);
+            }
             if (last) epilogue(c_block, 0, rows, n_block);
             continue;
           }
@@ -116,13 +124,19 @@ struct Product : A::Operands {
 
  private:
   // kTiles: W is packed. kDots: it is read where it lies. kStream: so it is, a column at a time
-  // over all terms, in one stream from memory.
-  enum class Path { kTiles, kDots, kStream };
+  // over all terms, in one stream from memory. kSquares: few of an expert's many rows. Each has one
+  // order of summing, whatever the rows, columns and terms that are taken at once:
+  // - kTiles, kSquares: a chain of multiply-adds over the terms, also across blocks of them;
+  // - kDots: such a chain in each lane, then the sum of the lanes, for every kBlockTerms terms;
+  // - kStream: several chains in each lane over all terms, then the sum of all.
+  enum class Path { kTiles, kSquares, kDots, kStream };
 
-  static Path path_of(int64_t rows, int64_t terms, const Columns& w) {
-    const bool few = rows <= Dots<W>::max_m(terms) || (kDirect && w.size() <= kMaxDotN);
-    if (!w.has_dense_terms() || !few) return Path::kTiles;
-    return rows == 1 ? Path::kStream : Path::kDots;
+  // Between different orders only the expert's rows may choose.
+  static Path path_of(int64_t rows, int64_t expert_rows, int64_t terms, const Columns& w) {
+    const bool few = expert_rows <= Dots<W>::max_m(terms) || (kDirect && w.size() <= kMaxDotN);
+    if (!w.has_dense_terms()) return Path::kTiles;
+    if (!few) return rows <= Squares<W>::kMaxM ? Path::kSquares : Path::kTiles;
+    return expert_rows == 1 ? Path::kStream : Path::kDots;
   }
 
   // Rows are copied where they must be widened, and for dot products, which go over them once for
@@ -132,7 +146,7 @@ struct Product : A::Operands {
   }
 
   static int64_t most_terms(Path path, int64_t rows, int64_t terms, int64_t n_blocks) {
-    if (path == Path::kStream) return terms;
+    if (path == Path::kStream || path == Path::kSquares) return terms;
     // One tile reads a panel once, so it need not stay in a cache.
     if (W::kLiesInPanels && kPanelN == kBlockN && rows <= kTileM) return terms;
     if (path == Path::kDots) return Dots<W>::kBlockTerms;

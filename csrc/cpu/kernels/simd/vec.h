@@ -147,10 +147,33 @@ MOE_INLINE Vec<T> select(Mask<T> mask, Vec<T> a, Vec<T> b) {
   return Vec<T>(mask.v ? a.v : b.v);
 }
 
-// a * b + c; the compiler contracts it where the machine can.
+// a * b + c, rounded once where the machine can. Left to itself, the compiler contracts some copies
+// of a loop's body and not others, and the rows that they serve differ in their bits.
+template <class Reg>
+MOE_INLINE Reg fused_multiply_add(Reg a, Reg b, Reg c) {
+#if defined(MOE_AVX512)
+  if constexpr (sizeof(a[0]) == 8) {
+    return reinterpret_cast<Reg>(_mm512_fmadd_pd(
+        reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));
+  } else {
+    return reinterpret_cast<Reg>(_mm512_fmadd_ps(
+        reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+  }
+#elif defined(MOE_AVX2)
+  if constexpr (sizeof(a[0]) == 8) {
+    return reinterpret_cast<Reg>(_mm256_fmadd_pd(
+        reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(c)));
+  } else {
+    return reinterpret_cast<Reg>(_mm256_fmadd_ps(
+        reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+  }
+#else
+  return a * b + c;
+#endif
+}
 template <class T>
 MOE_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
-  return Vec<T>(a.v * b.v + c.v);
+  return Vec<T>(fused_multiply_add(a.v, b.v, c.v));
 }
 
 template <class T>
