@@ -98,7 +98,7 @@ at::Tensor pack_weights(const at::Tensor& weight, bool gated) {
   check_pack_weights(weight, gated);
   const PackedSizes sizes(
       weight.sym_size(0), weight.sym_size(1), weight.sym_size(2), gated, weight.scalar_type());
-  return empty_result(c10::fromIntArrayRefSlow(sizes.sizes()), weight.options());
+  return empty_result(sizes.sizes(), weight.options());
 }
 
 at::Tensor unpack_weights(const at::Tensor& packed, c10::SymInt N, c10::SymInt K, bool gated) {
