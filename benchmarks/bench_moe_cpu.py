@@ -192,9 +192,6 @@ def test_ablation(benchmark, take_turns, work, kind):
     report(benchmark, f"ablation {kind}", work, turns, flops=work.flops(kind))
 
 
-@pytest.mark.skipif(
-    not hasattr(moe_ext, "set_memory_limit"), reason="no cache of freed memory in this version"
-)
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 def test_memory(benchmark, take_turns, dtype):
     """What reusing freed memory brings a training step. Huge pages stay on."""
