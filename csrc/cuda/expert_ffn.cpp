@@ -133,12 +133,15 @@ ExpertFfnGrads expert_ffn_backward(
          wants_down ? grad.mutable_data_ptr() : nullptr, mutable_data_or_null(grad_weights)},
         c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    if (wants_down) grad_down = grouped_grad_weights(grad_rows, grad, offsets);
+    if (wants_down) {
+      grad_down = grouped_grad_of_weight(grad_rows, grad, offsets, down_proj);
+    }
   }
   grad_rows.reset();
   if (grad_weights.defined()) grad_weights = grad_weights.to(weights->scalar_type());
   if (wants_gate_up) {
-    grad_gate_up = grouped_grad_weights(grad_hidden_rows, gather(tokens, routed), offsets);
+    grad_gate_up =
+        grouped_grad_of_weight(grad_hidden_rows, gather(tokens, routed), offsets, gate_up_proj);
   }
   if (wants_gate_up_bias && gate_up_bias) {
     grad_gate_up_bias = grouped_sum(grad_hidden_rows, offsets, {}, {});

@@ -52,7 +52,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
   }
   return {
       output_mask[0] ? empty_like_contiguous(rows) : at::Tensor(),
-      output_mask[1] ? empty_like_contiguous(weight) : at::Tensor(), grad_bias};
+      output_mask[1] ? empty_grad_of_weight(weight) : at::Tensor(), grad_bias};
 }
 
 std::tuple<at::Tensor, at::Tensor> expert_ffn_forward(

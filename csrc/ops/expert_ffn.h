@@ -134,18 +134,22 @@ inline Activation check_expert_ffn_backward(
   return parse_activation(op, activation, gated);
 }
 
-// Contiguous gradients of what `mask` asks for; the others stay undefined.
+// Gradients of what `mask` asks for, contiguous but for the weights' (empty_grad_of_weight); the
+// others stay undefined.
 inline ExpertFfnGrads empty_expert_ffn_grads(
     const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
     const ExpertWeights& experts, const std::array<bool, 6>& mask) {
   const auto like = [](bool wanted, const std::optional<at::Tensor>& tensor) {
     return wanted && tensor ? empty_like_contiguous(*tensor) : at::Tensor();
   };
+  const auto of_weight = [](bool wanted, const at::Tensor& weight) {
+    return wanted ? empty_grad_of_weight(weight) : at::Tensor();
+  };
   return {
       like(mask[0], tokens),
       like(mask[1], weights),
-      like(mask[2], experts.gate_up_proj),
-      like(mask[3], experts.down_proj),
+      of_weight(mask[2], experts.gate_up_proj),
+      of_weight(mask[3], experts.down_proj),
       like(mask[4], experts.gate_up_bias),
       like(mask[5], experts.down_bias)};
 }

@@ -307,12 +307,15 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
     oracle::Groups three_gathered = gathered;
     three_gathered.offsets.push_back(static_cast<int32_t>(N));
     Buffer grad_up(type, 3 * W * H), sums(type, 3 * W);
-    const GradWeightsArgs grad_args{W,
-                                    H,
-                                    {grad_hidden.data(), W, nullptr},
-                                    {x.data(), H, token.data()},
-                                    grad_up.data(),
-                                    rows % 2 == 0};
+    const GradWeightsArgs grad_args{
+        W,
+        H,
+        {grad_hidden.data(), W, nullptr},
+        {x.data(), H, token.data()},
+        grad_up.data(),
+        W * H,
+        H,
+        rows % 2 == 0};
     const int64_t blocks_m = (W + kGradBlockM - 1) / kGradBlockM;
     const int64_t blocks_n = (H + kGradBlockN - 1) / kGradBlockN;
     run(3 * blocks_m * blocks_n, kernels.grad_scratch_bytes(std::max<int64_t>(rows, 5)),

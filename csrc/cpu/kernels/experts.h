@@ -230,16 +230,16 @@ struct Experts {
       void* scratch) {
     const int64_t m = m_block * kGradBlockM, n = n_block * kGradBlockN;
     const int64_t M = smaller(args.M - m, kGradBlockM), N = smaller(args.N - n, kGradBlockN);
-    S* grad = static_cast<S*>(args.grad) + (block.expert * args.M + m) * args.N + n;
+    const int64_t pitch = args.row_stride;
+    S* grad = static_cast<S*>(args.grad) + block.expert * args.expert_stride + m * pitch + n;
     if (block.begin == block.end) {
-      for (int64_t i = 0; i < M; ++i) __builtin_memset(grad + i * args.N, 0, N * sizeof(S));
+      for (int64_t i = 0; i < M; ++i) __builtin_memset(grad + i * pitch, 0, N * sizeof(S));
       return;
     }
-    const bool aligned =
-        reinterpret_cast<uintptr_t>(grad) % 64 == 0 && args.N * sizeof(S) % 64 == 0;
+    const bool aligned = reinterpret_cast<uintptr_t>(grad) % 64 == 0 && pitch * sizeof(S) % 64 == 0;
     GradWeights<S>::run(
         args.left, m, M, args.right, n, N, block.begin, block.end,
-        {grad, args.N, args.stream && aligned}, scratch);
+        {grad, pitch, args.stream && aligned}, scratch);
     if (args.stream && aligned) finish_streams();
   }
 

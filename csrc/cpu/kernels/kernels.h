@@ -104,7 +104,8 @@ struct GradHiddenArgs {
 struct GradWeightsArgs {
   int64_t M, N;
   Rows left, right;
-  void* grad;   // [E, M, N]
+  void* grad;  // element (m, n) of expert e at e * expert_stride + m * row_stride + n
+  int64_t expert_stride, row_stride;
   bool stream;  // write past the caches: grad is larger than they are
 };
 
