@@ -194,6 +194,7 @@ def moe_ffn(
     activation: str = "silu",
     gated: bool = True,
     recompute: str = "activation",
+    fuse_grad_accumulation: bool = False,
 ) -> Tensor:
     """`permute`, `expert_ffn` and `unpermute` in one: sum_k w[t, k] ffn_{ids[t, k]}(x[t]).
 
@@ -206,6 +207,8 @@ def moe_ffn(
         topk_ids: [T, K] int64 or int32.
         gate_up_proj, down_proj, gate_up_bias, down_bias, activation, gated, recompute: as for
             `expert_ffn`.
+        fuse_grad_accumulation: see `GroupedExperts`; gate_up_proj and down_proj must be the
+            parameters themselves, not views or casts of them.
 
     Returns:
         [T, H] in tokens' dtype.
@@ -221,6 +224,7 @@ def moe_ffn(
         activation=activation,
         gated=gated,
         recompute=recompute,
+        fuse_grad_accumulation=fuse_grad_accumulation,
     )
 
 
@@ -420,6 +424,7 @@ def _moe_ffn_pairs(
     activation: str = "silu",
     gated: bool = True,
     recompute: str = "activation",
+    fuse_grad_accumulation: bool = False,
 ) -> Tensor:
     """`moe_ffn` for tokens with a varying number of experts: a list of pairs [P] in any order."""
     return _ops._moe_ffn_pairs.default(
@@ -434,4 +439,5 @@ def _moe_ffn_pairs(
         activation=activation,
         gated=gated,
         recompute=recompute,
+        fuse_grad_accumulation=fuse_grad_accumulation,
     )

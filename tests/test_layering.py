@@ -47,7 +47,7 @@ CPP_LAYERS = {
     "autograd": {"allowed": {"autograd"}, "torch": True},
     "autocast": {"allowed": {"ops"}, "torch": True},
     "functorch": {"allowed": set(), "torch": True},
-    "": {"allowed": {"cpu/kernels"}, "torch": True},  # schema.cpp, module.cpp
+    "": {"allowed": {"autograd", "cpu/kernels"}, "torch": True},  # schema.cpp, module.cpp
 }
 TORCH = re.compile(r"^(ATen|c10|torch)/")
 INCLUDE = re.compile(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', re.MULTILINE)

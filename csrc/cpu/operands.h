@@ -48,16 +48,14 @@ inline kernels::Weights weights_of(const at::Tensor& weight) {
   return {weight.const_data_ptr(), weight.stride(0), n_stride, k_stride};
 }
 
-// Arguments of the product left^T right into the weights' gradient grad [E, M, N], whose rows or
-// columns are dense: where it is the columns, the gradient's transpose is right^T left.
+// Arguments of the product left^T right into the weights' gradient grad [E, M, N], contiguous or
+// transposed: then its transpose is right^T left.
 inline kernels::GradWeightsArgs grad_weights_args(
     const kernels::Rows& left, const kernels::Rows& right, const at::Tensor& grad, bool stream) {
   const int64_t M = grad.size(1), N = grad.size(2);
   void* data = grad.mutable_data_ptr();
-  if (grad.stride(2) == 1 || N == 1) {
-    return {M, N, left, right, data, grad.stride(0), grad.stride(1), stream};
-  }
-  return {N, M, right, left, data, grad.stride(0), grad.stride(2), stream};
+  if (is_transposed(grad)) return {N, M, right, left, data, M * N, M, stream};
+  return {M, N, left, right, data, M * N, N, stream};
 }
 
 inline kernels::Weights transposed(kernels::Weights weights) {
