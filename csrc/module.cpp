@@ -9,6 +9,7 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/memory/block_cache.h"
 #include "python/call.h"
+#include "python/main_grad.h"
 
 namespace {
 
@@ -72,4 +73,5 @@ PYBIND11_MODULE(_C, m) {
       "The batch-invariant mode.");
   m.def(
       "set_batch_invariant", &moe_ext::cpu::kernels::set_batch_invariant, "Switches it on or off.");
+  moe_ext::python::set_main_grad();
 }

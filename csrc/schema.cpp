@@ -108,14 +108,15 @@ TORCH_LIBRARY(moe_ext, m) {
   m.def(
       "moe_ffn(Tensor tokens, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, "
       "Tensor down_proj, *, Tensor? gate_up_bias=None, Tensor? down_bias=None, "
-      "str activation=\"silu\", bool gated=True, str recompute=\"activation\") -> Tensor",
+      "str activation=\"silu\", bool gated=True, str recompute=\"activation\", "
+      "bool fuse_grad_accumulation=False) -> Tensor",
       tags);
   // moe_ffn for tokens with a varying number of experts: a list of pairs.
   m.def(
       "_moe_ffn_pairs(Tensor tokens, Tensor pair_weights, Tensor pair_experts, Tensor pair_tokens, "
       "Tensor gate_up_proj, Tensor down_proj, *, Tensor? gate_up_bias=None, "
       "Tensor? down_bias=None, str activation=\"silu\", bool gated=True, "
-      "str recompute=\"activation\") -> Tensor",
+      "str recompute=\"activation\", bool fuse_grad_accumulation=False) -> Tensor",
       tags);
   // Of both: weights and ids [T, K], or [P] with pair_tokens [P].
   m.def(
@@ -142,5 +143,15 @@ TORCH_LIBRARY(moe_ext, m) {
       "bool[6] output_mask) -> (Tensor grad_tokens, Tensor grad_weights, "
       "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, "
       "Tensor grad_down_bias)",
+      tags);
+  // The same, but the gradients of the projections are added to tensors that are given, rounded
+  // once, and are None among the results.
+  m.def(
+      "_expert_ffn_backward_into(Tensor grad_out, Tensor tokens, Tensor? weights, Tensor? row_map, "
+      "Tensor? pair_tokens, Tensor expert_offsets, Tensor? hidden, Tensor gate_up_proj, "
+      "Tensor down_proj, Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, "
+      "bool[6] output_mask, Tensor(a!)? into_gate_up_proj, Tensor(b!)? into_down_proj) "
+      "-> (Tensor grad_tokens, Tensor grad_weights, Tensor grad_gate_up_proj, "
+      "Tensor grad_down_proj, Tensor grad_gate_up_bias, Tensor grad_down_bias)",
       tags);
 }

@@ -57,7 +57,7 @@ def _expert_ffn(rows, expert_offsets, gate_up_proj, down_proj, *args, **kwargs) 
     return sum(_experts(rows[0], gate_up_proj, down_proj))
 
 
-@register_flop_formula(_ops._expert_ffn_backward)
+@register_flop_formula([_ops._expert_ffn_backward, _ops._expert_ffn_backward_into])
 def _expert_ffn_backward(
     grad_out,
     tokens,
@@ -73,11 +73,15 @@ def _expert_ffn_backward(
     activation,
     gated,
     output_mask,
+    into_gate_up=None,
+    into_down=None,
     **kwargs,
 ) -> int:
     num_rows = math.prod(row_map) if row_map is not None else tokens[0]
     up, down = _experts(num_rows, gate_up_proj, down_proj)
     needs_tokens, needs_weights, needs_gate_up, needs_down, needs_gate_up_bias, _ = output_mask
+    needs_gate_up = needs_gate_up or into_gate_up is not None
+    needs_down = needs_down or into_down is not None
     needs_hidden_grad = needs_tokens or needs_gate_up or needs_gate_up_bias
     flops = 0
     if needs_hidden_grad or needs_weights or needs_down:

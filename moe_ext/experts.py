@@ -109,6 +109,7 @@ class _Experts(nn.Module):
         if projections[1].dim() == 2:
             projections = [weight.unsqueeze(0) for weight in projections]
         options["recompute"] = self.recompute
+        options["fuse_grad_accumulation"] = self.fuse_grad_accumulation
         if pair_tokens is None:
             return ops.moe_ffn(tokens, weights, ids, *projections, **options)
         return ops._moe_ffn_pairs(tokens, weights, ids, pair_tokens, *projections, **options)
@@ -212,11 +213,26 @@ class GroupedExperts(_Experts):
         num_experts, hidden_size, intermediate_size: E, H, I.
         activation, gated, recompute: see `moe_ext.expert_ffn`.
         bias: on both projections.
+        fuse_grad_accumulation: backward adds the gradient of a projection inside its kernel to
+            where it is accumulated, so that it needs no memory and no pass of its own: to the
+            parameter's `main_grad`, if it has one (float32 or the parameter's dtype, as Megatron's
+            optimizers keep it; `grad_added_to_main_grad` is set where the parameter has that
+            attribute), or to its `.grad`, where there is one of its dtype on the CPU. Sums are
+            those of plain accumulation, rounded once. Where that can't be done (the first
+            backward after `zero_grad`, `torch.autograd.grad`, create_graph, torch.compile,
+            autocast, DTensor) autograd accumulates as ever; so it does, with a warning, where
+            hooks need the gradient, DistributedDataParallel's say. Biases are accumulated by
+            autograd.
         init_std: standard deviation of the projections at initialization; biases start at zero.
 
     Parameters: gate_up_proj [E, 2I, H] (rows 0..I-1 gate, I..2I-1 up) or, not gated, up_proj
     [E, I, H]; down_proj [E, H, I]; with bias gate_up_proj_bias [E, 2I] or up_proj_bias [E, I], and
     down_proj_bias [E, H].
+
+    Raises:
+        ValueError: for options.
+        RuntimeError: for shapes and dtypes, and in backward for a main_grad of another shape,
+            device, dtype or layout.
     """
 
     def __init__(
@@ -229,11 +245,13 @@ class GroupedExperts(_Experts):
         gated: bool = True,
         bias: bool = False,
         recompute: str = "activation",
+        fuse_grad_accumulation: bool = False,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         need_sizes("GroupedExperts", num_experts=num_experts)
+        need_bool("GroupedExperts", "fuse_grad_accumulation", fuse_grad_accumulation)
         super().__init__(
             (num_experts,),
             hidden_size,
@@ -246,6 +264,7 @@ class GroupedExperts(_Experts):
             device=device,
             dtype=dtype,
         )
+        self.fuse_grad_accumulation = fuse_grad_accumulation
         # The operator knows the rules for the options; a run on no tokens applies them now.
         on_meta = {name: parameter.to("meta") for name, parameter in self.named_parameters()}
         tokens = self.down_proj.new_empty(0, hidden_size, device="meta")

@@ -53,6 +53,7 @@ class MoEConfig:
     normalize_by_topk: bool = True
     shared_intermediate_size: int = 0
     recompute: str = "activation"
+    fuse_grad_accumulation: bool = False
     init_std: float = 0.02
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
@@ -160,6 +161,7 @@ class MoE(HasAuxLoss):
         shared_intermediate_size: size of a shared expert that is added for every token; 0: none.
         recompute: what backward recomputes: "activation" keeps x and the pre-activation, "hidden"
             only x.
+        fuse_grad_accumulation: of the experts, see `GroupedExperts`.
         init_std: standard deviation of all weights at initialization.
 
     Raises:
@@ -201,6 +203,7 @@ class MoE(HasAuxLoss):
         normalize_by_topk: bool = True,
         shared_intermediate_size: int = 0,
         recompute: str = "activation",
+        fuse_grad_accumulation: bool = False,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -223,7 +226,14 @@ class MoE(HasAuxLoss):
         self._loss_can_wait = self._router_is_ours and not isinstance(router, GivenIdsRouter)
         names = ("activation", "gated", "recompute", "init_std", "device", "dtype")
         ffn = {name: getattr(config, name) for name in names}
-        self.experts = GroupedExperts(num_experts, hidden_size, intermediate_size, bias=bias, **ffn)
+        self.experts = GroupedExperts(
+            num_experts,
+            hidden_size,
+            intermediate_size,
+            bias=bias,
+            fuse_grad_accumulation=fuse_grad_accumulation,
+            **ffn,
+        )
         self.shared_expert = None
         if shared_intermediate_size:
             self.shared_expert = SharedExpert(hidden_size, shared_intermediate_size, **ffn)

@@ -226,6 +226,7 @@ def moe_ffn(
     activation: str = "silu",
     gated: bool = True,
     recompute: str = "activation",
+    fuse_grad_accumulation: bool = False,
 ) -> Tensor:
     """`permute`, `expert_ffn` and `unpermute` in one: sum_k w[t, k] ffn_{ids[t, k]}(x[t]).
 
@@ -238,6 +239,8 @@ def moe_ffn(
         topk_ids: [T, K] int64 or int32.
         gate_up_proj, down_proj, gate_up_bias, down_bias, activation, gated, recompute: as for
             `expert_ffn`.
+        fuse_grad_accumulation: see `GroupedExperts`; gate_up_proj and down_proj must be the
+            parameters themselves, not views or casts of them.
 
     Returns:
         [T, H] in tokens' dtype.
@@ -253,6 +256,7 @@ def moe_ffn(
         activation,
         gated,
         recompute,
+        fuse_grad_accumulation,
     )
 
 
@@ -450,6 +454,7 @@ def _moe_ffn_pairs(
     activation: str = "silu",
     gated: bool = True,
     recompute: str = "activation",
+    fuse_grad_accumulation: bool = False,
 ) -> Tensor:
     """`moe_ffn` for tokens with a varying number of experts: a list of pairs [P] in any order."""
     return _call_moe_ffn_pairs(
@@ -464,6 +469,7 @@ def _moe_ffn_pairs(
         activation,
         gated,
         recompute,
+        fuse_grad_accumulation,
     )
 
 

@@ -22,18 +22,19 @@ H, WORLD = 16, 2
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, fuse_grad_accumulation=False):
         super().__init__()
         self.norm = nn.LayerNorm(H)
-        self.moe = moe_ext.MoE(H, 12, 5, 2, init_std=0.3, shared_intermediate_size=8, bias=True)
+        options = {"bias": True, "fuse_grad_accumulation": fuse_grad_accumulation}
+        self.moe = moe_ext.MoE(H, 12, 5, 2, init_std=0.3, shared_intermediate_size=8, **options)
 
     def forward(self, x):
         return x + self.moe(self.norm(x))
 
 
-def make_model() -> nn.Module:
+def make_model(**options) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(Block(), Block())
+    return nn.Sequential(Block(**options), Block(**options))
 
 
 def make_tokens(rank: int, step: int) -> torch.Tensor:
@@ -122,6 +123,46 @@ def fsdp(rank: int, folder: str) -> None:
     set_model_state_dict(other, state)
     with torch.no_grad():
         assert torch.equal(other(x), expected_output)
+
+
+class CountsAdded(torch.utils._python_dispatch.TorchDispatchMode):
+    """How many backward passes added weights' gradients in place."""
+
+    added = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.added += func is torch.ops.moe_ext._expert_ffn_backward_into.default
+        return func(*args, **(kwargs or {}))
+
+
+def fused_accumulation(rank: int) -> None:
+    """DDP's hooks need the gradients: a warning, and plain accumulation. FSDP2 reads them after
+    backward, so micro-batches that are not reduced are added in place."""
+    from torch.distributed.fsdp import fully_shard
+
+    expected = single_process_gradients((0, 1))
+    model = nn.parallel.DistributedDataParallel(make_model(fuse_grad_accumulation=True))
+    with CountsAdded() as mode, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with model.no_sync():
+            loss_of(model, make_tokens(rank, 0)).backward()
+        loss_of(model, make_tokens(rank, 1)).backward()
+    check({n: p.grad for n, p in model.module.named_parameters()}, expected)
+    assert mode.added == 0
+    assert any("fuse_grad_accumulation has no effect on" in str(w.message) for w in caught)
+
+    model = make_model(fuse_grad_accumulation=True)
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with CountsAdded() as mode:
+        model.set_requires_gradient_sync(False)
+        loss_of(model, make_tokens(rank, 0)).backward()
+        model.set_requires_gradient_sync(True)
+        loss_of(model, make_tokens(rank, 1)).backward()
+    check(gather(model.named_parameters()), expected)
+    assert mode.added == 2
 
 
 def balanced_layer(**options) -> moe_ext.MoE:
@@ -261,7 +302,16 @@ WITH_FILES = (fsdp, monitored, monitored_without_a_group)
 
 
 @pytest.mark.parametrize(
-    "job", [ddp, fsdp, bias, aux_loss_over_all_ranks, monitored, monitored_without_a_group]
+    "job",
+    [
+        ddp,
+        fsdp,
+        fused_accumulation,
+        bias,
+        aux_loss_over_all_ranks,
+        monitored,
+        monitored_without_a_group,
+    ],
 )
 def test_equals_one_process(job, tmp_path):
     arguments = (str(tmp_path / "checkpoint"),) if job in WITH_FILES else ()

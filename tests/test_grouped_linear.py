@@ -30,6 +30,11 @@ def test_transposed_weight(device):
     inputs = make_inputs([3, 4], 2, dtype=torch.float64, device=device)
     inputs["weight"] = inputs["weight"].mT.contiguous().mT
     check_against_reference(op, reference.grouped_linear, inputs, torch.float64)
+    weight, grad = leaf(inputs["weight"]), torch.randn(9, 7, dtype=torch.float64, device=device)
+    args = grad, inputs["rows"], inputs["expert_offsets"], weight.detach(), [True, True, True]
+    backward = torch.ops.moe_ext._grouped_linear_backward.default
+    assert backward(*args)[1].stride() == weight.stride()
+    torch.library.opcheck(backward, args)
 
 
 def test_gradcheck_and_opcheck(device):

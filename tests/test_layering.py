@@ -48,8 +48,9 @@ CPP_LAYERS = {
     "autograd": {"allowed": {"autograd"}, "torch": True},
     "autocast": {"allowed": {"ops"}, "torch": True},
     "functorch": {"allowed": set(), "torch": True},
-    "python": {"allowed": {"python"}, "torch": True},
-    "": {"allowed": {"cpu/kernels", "cpu/memory", "python"}, "torch": True},  # schema.cpp, module.cpp
+    "python": {"allowed": {"autograd", "python"}, "torch": True},
+    # schema.cpp, module.cpp
+    "": {"allowed": {"cpu/kernels", "cpu/memory", "python"}, "torch": True},
 }
 TORCH = re.compile(r"^(ATen|c10|torch)/")
 INCLUDE = re.compile(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', re.MULTILINE)

@@ -3,6 +3,7 @@ import torch
 from conftest import (
     DTYPES,
     ROUTINGS,
+    assert_close,
     check_against_reference,
     leaf,
     make_experts,
@@ -217,6 +218,36 @@ def test_strides_and_offsets(device):
     out.square().sum().backward()
     expected.square().sum().backward()
     assert relative_error(transposed.grad, inputs["gate_up_proj"].grad) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_have_the_layout_of_their_weights(device, dtype):
+    """Autograd keeps a gradient of the parameter's strides and copies any other."""
+    inputs = make_inputs(30, 16, 8, 4, 2, dtype=dtype, device=device)
+    inputs["topk_ids"].clamp_(max=2)  # and an idle expert
+    names = ("gate_up_proj", "down_proj")
+    stored = {name: leaf(inputs[name].detach().mT.contiguous().mT) for name in names}
+    grads = []
+    for weights in ([leaf(inputs[name]) for name in names], list(stored.values())):
+        out = moe_ext.moe_ffn(**{**inputs, **dict(zip(names, weights, strict=True))})
+        found = torch.autograd.grad(out.float().square().sum(), weights)
+        assert [grad.stride() for grad in found] == [weight.stride() for weight in weights]
+        grads.append(found)
+    for expected, grad in zip(*grads, strict=True):
+        assert expected.is_contiguous() and not grad.is_contiguous()
+        assert_close(grad, expected.double(), dtype)
+
+
+def test_opcheck_of_transposed_weights(device):
+    inputs = make_inputs(5, 4, 3, 3, 2, dtype=torch.float64, device=device)
+    for name in ("gate_up_proj", "down_proj"):
+        inputs[name] = leaf(inputs[name].detach().mT.contiguous().mT)
+    inputs["tokens"] = leaf(inputs["tokens"])
+    torch.library.opcheck(
+        torch.ops.moe_ext.moe_ffn.default,
+        (inputs["tokens"], inputs["topk_weights"], inputs["topk_ids"]),
+        {"gate_up_proj": inputs["gate_up_proj"], "down_proj": inputs["down_proj"]},
+    )
 
 
 def test_stride_0_gradient(device):

@@ -50,18 +50,21 @@ std::tuple<at::Tensor, at::Tensor> expert_ffn_forward(
   return {out, hidden};
 }
 
-ExpertFfnGrads expert_ffn_backward(
+ExpertFfnGrads expert_ffn_backward_into(
     const at::Tensor& grad_out, const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
     const std::optional<at::Tensor>& row_map, const std::optional<at::Tensor>& pair_tokens_,
     const at::Tensor& expert_offsets, const std::optional<at::Tensor>& hidden,
     const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
     const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
-    c10::string_view activation, bool gated, std::array<bool, 6> output_mask) {
+    c10::string_view activation, bool gated, std::array<bool, 6> output_mask,
+    const std::optional<at::Tensor>& into_gate_up, const std::optional<at::Tensor>& into_down) {
   constexpr const char* op = "_expert_ffn_backward";
   const ExpertWeights experts{gate_up_proj, down_proj, gate_up_bias, down_bias};
   const Activation parsed = check_expert_ffn_backward(
       grad_out, tokens, weights, row_map, pair_tokens_, expert_offsets, hidden, experts, activation,
       gated);
+  check_grad_target("into_gate_up_proj", into_gate_up, gate_up_proj);
+  check_grad_target("into_down_proj", into_down, down_proj);
   const at::ScalarType compute = compute_dtype(tokens.scalar_type());
   const at::Tensor pair_tokens =
       pair_tokens_ ? read_pair_tokens(op, *pair_tokens_, tokens.size(0)) : at::Tensor();
@@ -70,10 +73,19 @@ ExpertFfnGrads expert_ffn_backward(
               : grouped_rows(op, tokens, expert_offsets, weights);
   check_tokens(op, rows);
 
-  ExpertFfnGrads outputs = empty_expert_ffn_grads(tokens, weights, experts, output_mask);
+  ExpertFfnGrads outputs = empty_expert_ffn_grads(
+      tokens, weights, experts, mask_without_targets(output_mask, into_gate_up, into_down));
   auto& [grad_tokens, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias] =
       outputs;
-  RowGrads grads{grad_tokens, {}, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias};
+  RowGrads grads{
+      grad_tokens,
+      {},
+      into_gate_up.value_or(grad_gate_up),
+      into_down.value_or(grad_down),
+      grad_gate_up_bias,
+      grad_down_bias,
+      into_gate_up.has_value(),
+      into_down.has_value()};
   if (grad_weights.defined()) {
     grads.row_weights = empty_result({rows.size()}, tokens.options().dtype(compute));
   }
@@ -83,11 +95,24 @@ ExpertFfnGrads expert_ffn_backward(
   return outputs;
 }
 
+ExpertFfnGrads expert_ffn_backward(
+    const at::Tensor& grad_out, const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
+    const std::optional<at::Tensor>& row_map, const std::optional<at::Tensor>& pair_tokens,
+    const at::Tensor& expert_offsets, const std::optional<at::Tensor>& hidden,
+    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    c10::string_view activation, bool gated, std::array<bool, 6> output_mask) {
+  return expert_ffn_backward_into(
+      grad_out, tokens, weights, row_map, pair_tokens, expert_offsets, hidden, gate_up_proj,
+      down_proj, gate_up_bias, down_bias, activation, gated, output_mask, {}, {});
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
   impl<expert_ffn_forward>(m, "_expert_ffn_forward");
   impl<expert_ffn_backward>(m, "_expert_ffn_backward");
+  impl<expert_ffn_backward_into>(m, "_expert_ffn_backward_into");
 }
 
 }  // namespace moe_ext::cpu

@@ -303,28 +303,24 @@ class Backward {
     const bool stream =
         streams(experts_.E * experts_.weights_per_expert() * tokens_.element_size());
     if (grads_.gate_up_proj.defined()) {
-      gate_up_ = {
-          experts_.width,
-          experts_.H,
-          dense(grad_hidden_),
-          gathered(tokens_),
-          mutable_data_or_null(grads_.gate_up_proj),
-          stream};
+      gate_up_ =
+          grad_weights_args(dense(grad_hidden_), gathered(tokens_), grads_.gate_up_proj, stream);
+      set_add(gate_up_, grads_.gate_up_proj, grads_.adds_gate_up);
       phase.push_back(grad_weights_job(kernels_, gate_up_, whole_experts_));
     }
     if (grads_.down_proj.defined()) {
-      down_ = {
-          experts_.H,
-          experts_.I,
-          gathered(grad_out_),
-          dense(weighted_),
-          mutable_data_or_null(grads_.down_proj),
-          stream};
+      down_ = grad_weights_args(gathered(grad_out_), dense(weighted_), grads_.down_proj, stream);
+      set_add(down_, grads_.down_proj, grads_.adds_down);
       phase.push_back(grad_weights_job(kernels_, down_, whole_experts_));
     }
     if (grads_.gate_up_proj.defined() || grads_.down_proj.defined()) {
       scratch_ = std::max(scratch_, kernels_.grad_scratch_bytes(largest_block(whole_experts_)));
     }
+  }
+
+  void set_add(kernels::GradWeightsArgs& args, const at::Tensor& grad, bool add) const {
+    args.add = add;
+    args.wide = grad.scalar_type() != tokens_.scalar_type();
   }
 
   void add_grad_biases(Phase& phase) {

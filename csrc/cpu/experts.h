@@ -59,6 +59,8 @@ struct RowGrads {
   at::Tensor down_proj;
   at::Tensor gate_up_bias;
   at::Tensor down_bias;
+  // Of gate_up_proj and down_proj: added, and then the tensor may be of the compute dtype.
+  bool adds_gate_up = false, adds_down = false;
 };
 void experts_backward(
     const at::Tensor& grad_out, const at::Tensor& tokens, const RoutedRows& rows,

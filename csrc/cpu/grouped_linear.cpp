@@ -38,15 +38,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
   const auto& kernels = kernels_for(rows.scalar_type());
   const auto experts = whole_experts(offsets);
   Phase phase;
-  if (output_mask[1]) grad_weight = empty_like_contiguous(weight);
-  const kernels::GradWeightsArgs product{
-      weight.size(1),
-      weight.size(2),
-      rows_of(grad_out),
-      rows_of(rows),
-      mutable_data_or_null(grad_weight),
-      streams(weight.numel() * weight.element_size())};
-  if (output_mask[1]) phase.push_back(grad_weights_job(kernels, product, experts));
+  kernels::GradWeightsArgs product;
+  if (output_mask[1]) {
+    grad_weight = empty_grad_of_weight(weight_);
+    product = grad_weights_args(
+        rows_of(grad_out), rows_of(rows), grad_weight,
+        streams(weight.numel() * weight.element_size()));
+    phase.push_back(grad_weights_job(kernels, product, experts));
+  }
   if (output_mask[2]) grad_bias = empty_result({weight.size(0), weight.size(1)}, weight.options());
   const kernels::ColumnSumArgs sum{
       weight.size(1), rows_of(grad_out), nullptr, mutable_data_or_null(grad_bias)};

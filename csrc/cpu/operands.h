@@ -60,6 +60,16 @@ inline kernels::Weights packed_weights_of(const at::Tensor& packed) {
   return {packed.const_data_ptr(), packed.stride(0), packed.stride(1), 0};
 }
 
+// Arguments of the product left^T right into the weights' gradient grad [E, M, N], contiguous or
+// transposed: then its transpose is right^T left.
+inline kernels::GradWeightsArgs grad_weights_args(
+    const kernels::Rows& left, const kernels::Rows& right, const at::Tensor& grad, bool stream) {
+  const int64_t M = grad.size(1), N = grad.size(2);
+  void* data = grad.mutable_data_ptr();
+  if (is_transposed(grad)) return {N, M, right, left, data, M * N, M, stream};
+  return {M, N, left, right, data, M * N, N, stream};
+}
+
 inline kernels::Weights transposed(kernels::Weights weights) {
   std::swap(weights.n_stride, weights.k_stride);
   return weights;

@@ -54,6 +54,8 @@ std::tuple<at::Tensor, at::Tensor> router_logits_backward(
         rows_of(grad_logits),
         rows_of(tokens),
         grad_weight.mutable_data_ptr(),
+        weight_.numel(),
+        weight_.size(1),
         false};
     const auto all_rows = whole_experts({0, tokens.size(0)});
     run_phases(

@@ -6,8 +6,10 @@
 #include <torch/library.h>
 
 #include <array>
+#include <utility>
 
 #include "cuda/grouped_gemm.h"
+#include "cuda/operands.h"
 #include "cuda/unpermute.h"
 
 namespace moe_ext::cuda {
@@ -133,12 +135,15 @@ ExpertFfnGrads expert_ffn_backward(
          wants_down ? grad.mutable_data_ptr() : nullptr, mutable_data_or_null(grad_weights)},
         c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    if (wants_down) grad_down = grouped_grad_weights(grad_rows, grad, offsets);
+    if (wants_down) {
+      grad_down = grouped_grad_of_weight(grad_rows, grad, offsets, down_proj);
+    }
   }
   grad_rows.reset();
   if (grad_weights.defined()) grad_weights = grad_weights.to(weights->scalar_type());
   if (wants_gate_up) {
-    grad_gate_up = grouped_grad_weights(grad_hidden_rows, gather(tokens, routed), offsets);
+    grad_gate_up =
+        grouped_grad_of_weight(grad_hidden_rows, gather(tokens, routed), offsets, gate_up_proj);
   }
   if (wants_gate_up_bias && gate_up_bias) {
     grad_gate_up_bias = grouped_sum(grad_hidden_rows, offsets, {}, {});
@@ -157,11 +162,38 @@ ExpertFfnGrads expert_ffn_backward(
   return outputs;
 }
 
+// Added in a pass of its own: the kernels write gradients, they do not read them.
+ExpertFfnGrads expert_ffn_backward_into(
+    const at::Tensor& grad_out, const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
+    const std::optional<at::Tensor>& row_map, const std::optional<at::Tensor>& pair_tokens,
+    const at::Tensor& expert_offsets, const std::optional<at::Tensor>& hidden,
+    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    c10::string_view activation, bool gated, std::array<bool, 6> output_mask,
+    const std::optional<at::Tensor>& into_gate_up, const std::optional<at::Tensor>& into_down) {
+  check_grad_target("into_gate_up_proj", into_gate_up, gate_up_proj);
+  check_grad_target("into_down_proj", into_down, down_proj);
+  output_mask[2] = output_mask[2] || into_gate_up;
+  output_mask[3] = output_mask[3] || into_down;
+  ExpertFfnGrads grads = expert_ffn_backward(
+      grad_out, tokens, weights, row_map, pair_tokens, expert_offsets, hidden, gate_up_proj,
+      down_proj, gate_up_bias, down_bias, activation, gated, output_mask);
+  const WithoutAutogradAndAutocast plain;
+  const c10::cuda::CUDAGuard device_guard(tokens.device());
+  const auto add = [](const std::optional<at::Tensor>& into, at::Tensor& grad) {
+    if (into) into->add_(std::exchange(grad, at::Tensor()));
+  };
+  add(into_gate_up, std::get<2>(grads));
+  add(into_down, std::get<3>(grads));
+  return grads;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
   m.impl("_expert_ffn_forward", expert_ffn_forward);
   m.impl("_expert_ffn_backward", expert_ffn_backward);
+  m.impl("_expert_ffn_backward_into", expert_ffn_backward_into);
 }
 
 }  // namespace moe_ext::cuda

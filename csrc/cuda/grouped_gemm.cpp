@@ -114,6 +114,13 @@ at::Tensor grouped_grad_weights(
   return grad;
 }
 
+at::Tensor grouped_grad_of_weight(
+    const at::Tensor& left, const at::Tensor& right, const at::Tensor& offsets,
+    const at::Tensor& weight) {
+  if (!is_transposed(weight)) return grouped_grad_weights(left, right, offsets);
+  return grouped_grad_weights(right, left, offsets).transpose(1, 2);
+}
+
 at::Tensor grouped_sum(
     const at::Tensor& rows_, const at::Tensor& offsets, const at::Tensor& weights,
     const at::Tensor& slot_of_row) {

@@ -20,6 +20,11 @@ at::Tensor grouped_product(
 at::Tensor grouped_grad_weights(
     const at::Tensor& left, const at::Tensor& right, const at::Tensor& offsets);
 
+// The same as the gradient of weight [E, M, N], in its layout (empty_grad_of_weight).
+at::Tensor grouped_grad_of_weight(
+    const at::Tensor& left, const at::Tensor& right, const at::Tensor& offsets,
+    const at::Tensor& weight);
+
 // [E, N]: the sum over e's rows of weight(r) * rows[r]; kernels.h has the arguments.
 at::Tensor grouped_sum(
     const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& weights,

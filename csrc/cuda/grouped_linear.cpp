@@ -30,7 +30,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
     grad_rows = grouped_product(grad_out, offsets, weight.transpose(1, 2));
     weigh_rows(grad_rows, offsets, {}, {});
   }
-  if (output_mask[1]) grad_weight = grouped_grad_weights(grad_out, rows, offsets);
+  if (output_mask[1]) {
+    grad_weight = grouped_grad_of_weight(grad_out, rows, offsets, weight);
+  }
   if (output_mask[2]) grad_bias = grouped_sum(grad_out, offsets, {}, {});
   return {grad_rows, grad_weight, grad_bias};
 }

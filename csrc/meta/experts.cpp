@@ -52,7 +52,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
   }
   return {
       output_mask[0] ? empty_like_contiguous(rows) : at::Tensor(),
-      output_mask[1] ? empty_like_contiguous(weight) : at::Tensor(), grad_bias};
+      output_mask[1] ? empty_grad_of_weight(weight) : at::Tensor(), grad_bias};
 }
 
 std::tuple<at::Tensor, at::Tensor> expert_ffn_forward(
@@ -120,6 +120,23 @@ ExpertFfnGrads expert_ffn_backward(
   return empty_expert_ffn_grads(tokens, weights, experts, output_mask);
 }
 
+ExpertFfnGrads expert_ffn_backward_into(
+    const at::Tensor& grad_out, const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
+    const std::optional<at::Tensor>& row_map, const std::optional<at::Tensor>& pair_tokens,
+    const at::Tensor& expert_offsets, const std::optional<at::Tensor>& hidden,
+    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    c10::string_view activation, bool gated, std::array<bool, 6> output_mask,
+    const std::optional<at::Tensor>& into_gate_up, const std::optional<at::Tensor>& into_down) {
+  const ExpertFfnGrads grads = expert_ffn_backward(
+      grad_out, tokens, weights, row_map, pair_tokens, expert_offsets, hidden, gate_up_proj,
+      down_proj, gate_up_bias, down_bias, activation, gated,
+      mask_without_targets(output_mask, into_gate_up, into_down));
+  check_grad_target("into_gate_up_proj", into_gate_up, gate_up_proj);
+  check_grad_target("into_down_proj", into_down, down_proj);
+  return grads;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, Meta, m) {
@@ -135,6 +152,7 @@ TORCH_LIBRARY_IMPL(moe_ext, Meta, m) {
   m.impl("_pack_weights", pack_weights);
   m.impl("_unpack_weights", unpack_weights);
   m.impl("_expert_ffn_backward", expert_ffn_backward);
+  m.impl("_expert_ffn_backward_into", expert_ffn_backward_into);
 }
 
 }  // namespace moe_ext::meta

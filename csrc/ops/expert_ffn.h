@@ -141,18 +141,51 @@ inline Activation check_expert_ffn_backward(
   return parse_activation(op, activation, gated);
 }
 
-// Contiguous gradients of what `mask` asks for; the others stay undefined.
+// A tensor that the gradient of `weight` is added to, or none.
+inline void check_grad_target(
+    const char* name, const std::optional<at::Tensor>& target, const at::Tensor& weight) {
+  if (!target) return;
+  constexpr const char* op = "_expert_ffn_backward_into";
+  check_float(op, name, *target);
+  const at::ScalarType dtype = weight.scalar_type(), compute = compute_dtype(dtype);
+  TORCH_CHECK(
+      target->scalar_type() == dtype || target->scalar_type() == compute, op, ": ", name,
+      " must be ", dtype, " like its weight or ", compute, ", got ", target->scalar_type());
+  check_shape(
+      op, name, *target,
+      {{"E", weight.sym_size(0)}, {"N", weight.sym_size(1)}, {"K", weight.sym_size(2)}});
+  check_device(op, name, *target, weight.device());
+  TORCH_CHECK(
+      target->is_contiguous() || is_transposed(*target), op, ": ", name,
+      " must be contiguous or the transpose of a contiguous tensor, got strides ",
+      target->sym_strides());
+}
+
+// What _expert_ffn_backward_into returns: of its weights with a target nothing.
+inline std::array<bool, 6> mask_without_targets(
+    std::array<bool, 6> mask, const std::optional<at::Tensor>& into_gate_up,
+    const std::optional<at::Tensor>& into_down) {
+  mask[2] = mask[2] && !into_gate_up;
+  mask[3] = mask[3] && !into_down;
+  return mask;
+}
+
+// Gradients of what `mask` asks for, contiguous but for the weights' (empty_grad_of_weight); the
+// others stay undefined.
 inline ExpertFfnGrads empty_expert_ffn_grads(
     const at::Tensor& tokens, const std::optional<at::Tensor>& weights,
     const ExpertWeights& experts, const std::array<bool, 6>& mask) {
   const auto like = [](bool wanted, const std::optional<at::Tensor>& tensor) {
     return wanted && tensor ? empty_like_contiguous(*tensor) : at::Tensor();
   };
+  const auto of_weight = [](bool wanted, const at::Tensor& weight) {
+    return wanted ? empty_grad_of_weight(weight) : at::Tensor();
+  };
   return {
       like(mask[0], tokens),
       like(mask[1], weights),
-      like(mask[2], experts.gate_up_proj),
-      like(mask[3], experts.down_proj),
+      of_weight(mask[2], experts.gate_up_proj),
+      of_weight(mask[3], experts.down_proj),
       like(mask[4], experts.gate_up_bias),
       like(mask[5], experts.down_bias)};
 }

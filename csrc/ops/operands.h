@@ -36,4 +36,16 @@ inline at::Tensor empty_like_contiguous(const at::Tensor& tensor) {
   return empty_result(tensor.sym_sizes(), tensor.options());
 }
 
+// Whether weight [E, N, K] is the transpose of a contiguous [E, K, N].
+inline bool is_transposed(const at::Tensor& weight) {
+  return !weight.is_contiguous() && weight.transpose(1, 2).is_contiguous();
+}
+
+// The gradient of weight [E, N, K], uninitialised: transposed if the weight is, so that autograd
+// takes it as it is; else contiguous.
+inline at::Tensor empty_grad_of_weight(const at::Tensor& weight) {
+  if (!is_transposed(weight)) return empty_like_contiguous(weight);
+  return empty_like_contiguous(weight.transpose(1, 2)).transpose(1, 2);
+}
+
 }  // namespace moe_ext

@@ -194,6 +194,10 @@ def recompute(d: Draw) -> dict:
     return {**activation(d), "recompute": d.rng.choice(["activation", "hidden"])}
 
 
+def recompute_and_fuse(d: Draw) -> dict:
+    return {**recompute(d), "fuse_grad_accumulation": d.rng.choice([False, True])}
+
+
 def save_hidden(d: Draw) -> dict:
     return {**activation(d), "save_hidden": d.rng.random() < 0.5}
 
@@ -319,6 +323,14 @@ PAIRS = {
 FFN_GRADS = like(
     *("tokens", "weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias"), masked=True
 )
+
+
+def ffn_grads_into(d: Draw, a: dict) -> list:
+    outputs = FFN_GRADS(d, a)
+    for i, name in ((2, "into_gate_up_proj"), (3, "into_down_proj")):
+        if a.get(name) is not None:
+            outputs[i] = None
+    return outputs
 
 
 def ffn_backward(rows: str, **tensors: Spec) -> Variant:
@@ -585,14 +597,14 @@ OPERATORS: dict[str, list[Variant]] = {
     "moe_ffn": [
         Variant(
             {**TOKENS, **WEIGHTS, **CHOICE, **experts("tokens")},
-            recompute,
+            recompute_and_fuse,
             shaped(("tokens", "T H")),
         )
     ],
     "_moe_ffn_pairs": [
         Variant(
             {**TOKENS, "pair_weights": spec("float", "P"), **PAIRS, **experts("tokens")},
-            recompute,
+            recompute_and_fuse,
             shaped(("tokens", "T H")),
         )
     ],
@@ -665,6 +677,18 @@ OPERATORS: dict[str, list[Variant]] = {
         ),
     ],
 }
+OPERATORS["_expert_ffn_backward_into"] = [
+    Variant(
+        {
+            **variant.tensors,
+            "into_gate_up_proj": spec("like tokens?", "E W H", "matrix"),
+            "into_down_proj": spec("like tokens?", "E H I", "matrix"),
+        },
+        variant.others,
+        ffn_grads_into,
+    )
+    for variant in OPERATORS["_expert_ffn_backward"]
+]
 
 
 def schemas() -> dict[str, torch.FunctionSchema]:

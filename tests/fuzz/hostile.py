@@ -17,6 +17,11 @@ from torch import Tensor
 from .calls import DTYPES, OPERATORS, Call, good_call, lay_out, schemas
 
 ERRORS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
+# Arguments that an operator writes: they keep their layout, and a second call sees other values.
+WRITES = {
+    "_add_once": {"total"},
+    "_expert_ffn_backward_into": {"into_gate_up_proj", "into_down_proj"},
+}
 # What torch raises before it reaches an operator, or for a tensor that has no values.
 TORCHS_OWN = re.compile(
     r"NestedTensorImpl doesn't support|Could not run 'aten::|"
@@ -414,6 +419,8 @@ def make_case(rng: random.Random, without: frozenset[str] = frozenset()) -> Case
                 continue
             if operator == "_add_once" and mutation is not hostile_floats:
                 continue  # its body is torch's add_
+            if name in WRITES.get(operator, ()) and mutation is not hostile_floats:
+                continue
             before = dict(call.arguments)
             try:
                 outcome = mutation(call, name, rng)
@@ -434,7 +441,8 @@ def make_case(rng: random.Random, without: frozenset[str] = frozenset()) -> Case
             outcome = EITHER
         expected = outcome
     if not call.notes:
-        for name in (n for n in call.arguments if is_tensor(call, n)):
+        fixed = WRITES.get(operator, ())
+        for name in (n for n in call.arguments if is_tensor(call, n) and n not in fixed):
             call.arguments[name], how = lay_out(call.arguments[name], rng)
             if how != "dense":
                 call.notes.append(f"{name} {how}")
@@ -465,13 +473,14 @@ def storages(call: Call) -> dict[str, Tensor]:
 
 def written(call: Call, before: dict[str, Tensor]) -> list[str]:
     """Arguments that are not what they were."""
-    allowed = {"total"} if call.operator == "_add_once" else set()
+    allowed = WRITES.get(call.operator, set())
     after = storages(call)
     return [n for n, b in before.items() if n not in allowed and not torch.equal(after[n], b)]
 
 
 def names_operator(message: str, operator: str) -> bool:
-    stem = operator.strip("_").removesuffix("_forward").removesuffix("_backward")
+    stem = operator.strip("_").removesuffix("_into")
+    stem = stem.removesuffix("_forward").removesuffix("_backward")
     stems = {stem, "moe_ffn" if stem in ("moe_ffn_pairs", "expert_ffn") else stem}
     return any(s in message for s in stems) or TORCHS_OWN.search(message) is not None
 
@@ -585,7 +594,7 @@ def run_case(case: Case, rng: random.Random) -> tuple[str, list[str]]:
             if torch.is_tensor(t):
                 with contextlib.suppress(RuntimeError, NotImplementedError):
                     call.arguments[name] = t.to("meta")
-    if mode == "grad" and call.operator != "_add_once":
+    if mode == "grad" and call.operator not in WRITES:
         for t in call.arguments.values():
             if torch.is_tensor(t) and t.is_floating_point() and rng.random() < 0.6:
                 with contextlib.suppress(RuntimeError):
@@ -607,7 +616,7 @@ def run_case(case: Case, rng: random.Random) -> tuple[str, list[str]]:
             problems += wrong_outputs(call, outputs, device)
         if mode == "grad" and call.operator in DIFFERENTIABLE:
             problems += backward(call, outputs, rng)
-        if mode in ("plain", "no_grad") and as_documented and call.operator != "_add_once":
+        if mode in ("plain", "no_grad") and as_documented and call.operator not in WRITES:
             with filled_memory(), context():
                 again = as_tuple(function(**call.arguments))
             problems += differing_bits(call, outputs, again)

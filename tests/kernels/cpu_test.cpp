@@ -351,27 +351,45 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
     oracle::Groups three_gathered = gathered;
     three_gathered.offsets.push_back(static_cast<int32_t>(N));
     Buffer grad_up(type, 3 * W * H), sums(type, 3 * W);
-    const GradWeightsArgs grad_args{W,
-                                    H,
-                                    {grad_hidden.data(), W, nullptr},
-                                    {x.data(), H, token.data()},
-                                    grad_up.data(),
-                                    rows % 2 == 0};
+    const GradWeightsArgs grad_args{
+        W,
+        H,
+        {grad_hidden.data(), W, nullptr},
+        {x.data(), H, token.data()},
+        grad_up.data(),
+        W * H,
+        H,
+        rows % 2 == 0};
     const int64_t blocks_m = (W + kGradBlockM - 1) / kGradBlockM;
     const int64_t blocks_n = (H + kGradBlockN - 1) / kGradBlockN;
-    run(3 * blocks_m * blocks_n, kernels.grad_scratch_bytes(std::max<int64_t>(rows, 5)),
-        [&](int64_t i, void* s) {
-          kernels.grad_weights(
-              grad_args, three[i / blocks_n / blocks_m], i / blocks_n % blocks_m, i % blocks_n, s);
-        });
+    const auto run_grad_weights = [&](const GradWeightsArgs& args) {
+      run(3 * blocks_m * blocks_n, kernels.grad_scratch_bytes(std::max<int64_t>(rows, 5)),
+          [&](int64_t i, void* s) {
+            kernels.grad_weights(
+                args, three[i / blocks_n / blocks_m], i / blocks_n % blocks_m, i % blocks_n, s);
+          });
+    };
+    run_grad_weights(grad_args);
     const ColumnSumArgs sum_args{
         W, {grad_hidden.data(), W, nullptr}, row_weight.data(), sums.data()};
     const int64_t w_cols = (W + kBlockN - 1) / kBlockN;
     run(3 * w_cols, 64,
         [&](int64_t i, void*) { kernels.column_sum(sum_args, three[i / w_cols], i % w_cols); });
-    check(
-        name + " grad_up", grad_up,
-        oracle::grad_weights(three_gathered, grad_hidden.values, x.values, W, H), kTolerance);
+    Numbers expected_grad =
+        oracle::grad_weights(three_gathered, grad_hidden.values, x.values, W, H);
+    check(name + " grad_up", grad_up, expected_grad, kTolerance);
+    // Added to what is there, also in the compute type.
+    for (double& value : expected_grad) value += 0.5;
+    for (const bool wide : {false, true}) {
+      Buffer sum(wide ? compute : type, 3 * W * H);
+      sum.fill(0.5);
+      GradWeightsArgs add_args = grad_args;
+      add_args.grad = sum.data();
+      add_args.add = true;
+      add_args.wide = wide;
+      run_grad_weights(add_args);
+      check(name + " added grad_up", sum, expected_grad, kTolerance);
+    }
     check(
         name + " sums", sums,
         oracle::sum_rows(three_gathered, grad_hidden.values, row_weight.values, W), kTolerance);

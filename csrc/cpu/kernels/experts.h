@@ -235,17 +235,28 @@ struct Experts {
       void* scratch) {
     const int64_t m = m_block * kGradBlockM, n = n_block * kGradBlockN;
     const int64_t M = smaller(args.M - m, kGradBlockM), N = smaller(args.N - n, kGradBlockN);
-    S* grad = static_cast<S*>(args.grad) + (block.expert * args.M + m) * args.N + n;
-    if (block.begin == block.end) {
-      for (int64_t i = 0; i < M; ++i) __builtin_memset(grad + i * args.N, 0, N * sizeof(S));
+    const int64_t pitch = args.row_stride;
+    const int64_t at = block.expert * args.expert_stride + m * pitch + n;
+    const auto run = [&](auto* grad, bool past) {
+      using Out = DirectStore<std::remove_pointer_t<decltype(grad)>>;
+      GradWeights<S>::run(
+          args.left, m, M, args.right, n, N, block.begin, block.end, Out{grad, pitch, past},
+          args.add, scratch);
+    };
+    S* grad = static_cast<S*>(args.grad) + at;
+    if (args.add) {
+      if (block.begin == block.end) return;
+      args.wide ? run(static_cast<C*>(args.grad) + at, false) : run(grad, false);
       return;
     }
-    const bool aligned =
-        reinterpret_cast<uintptr_t>(grad) % 64 == 0 && args.N * sizeof(S) % 64 == 0;
-    GradWeights<S>::run(
-        args.left, m, M, args.right, n, N, block.begin, block.end,
-        {grad, args.N, args.stream && aligned}, scratch);
-    if (args.stream && aligned) finish_streams();
+    if (block.begin == block.end) {
+      for (int64_t i = 0; i < M; ++i) __builtin_memset(grad + i * pitch, 0, N * sizeof(S));
+      return;
+    }
+    const bool past =
+        args.stream && reinterpret_cast<uintptr_t>(grad) % 64 == 0 && pitch * sizeof(S) % 64 == 0;
+    run(grad, past);
+    if (past) finish_streams();
   }
 
   static void column_sum(const ColumnSumArgs& args, const RowBlock& block, int64_t col) {

@@ -110,8 +110,12 @@ struct GradHiddenArgs {
 struct GradWeightsArgs {
   int64_t M, N;
   Rows left, right;
-  void* grad;   // [E, M, N]
+  void* grad;  // element (m, n) of expert e at e * expert_stride + m * row_stride + n
+  int64_t expert_stride, row_stride;
   bool stream;  // write past the caches: grad is larger than they are
+  // Add to grad, which may be of the compute type instead of the tokens' (`wide`), and leave it
+  // alone where the expert has no rows; never past the caches.
+  bool add = false, wide = false;
 };
 
 // sum[e, m] = sum over the rows r of expert e of weight(r) * rows[r, m].
