@@ -18,6 +18,9 @@ class _PackedParameter(NamedTuple):
 class _Experts(nn.Module):
     """Projections of one expert or of a stack of them: shapes begin with `leading`."""
 
+    # An option of stacks: the operator gets their weights as they are.
+    fuse_grad_accumulation = False
+
     _packed: dict[str, _PackedParameter] | None = None
 
     def __init__(

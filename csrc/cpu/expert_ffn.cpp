@@ -65,6 +65,13 @@ ExpertFfnGrads expert_ffn_backward_into(
       gated);
   check_grad_target("into_gate_up_proj", into_gate_up, gate_up_proj);
   check_grad_target("into_down_proj", into_down, down_proj);
+  if (into_gate_up || into_down) {
+    const std::initializer_list<std::optional<at::Tensor>> read{
+        grad_out, tokens, weights, hidden, gate_up_proj, down_proj, gate_up_bias, down_bias};
+    check_shares_no_memory("into_gate_up_proj", into_gate_up, read);
+    check_shares_no_memory("into_down_proj", into_down, read);
+    check_shares_no_memory("into_down_proj", into_down, {into_gate_up});
+  }
   const at::ScalarType compute = compute_dtype(tokens.scalar_type());
   const at::Tensor pair_tokens =
       pair_tokens_ ? read_pair_tokens(op, *pair_tokens_, tokens.size(0)) : at::Tensor();

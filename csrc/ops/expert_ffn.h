@@ -13,7 +13,10 @@
 //                                expert_offsets[E] are undefined
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
+
 #include <array>
+#include <initializer_list>
 
 #include "ops/activation.h"
 #include "ops/checks.h"
@@ -159,6 +162,20 @@ inline void check_grad_target(
       target->is_contiguous() || is_transposed(*target), op, ": ", name,
       " must be contiguous or the transpose of a contiguous tensor, got strides ",
       target->sym_strides());
+}
+
+// What is added to is written while others are read.
+inline void check_shares_no_memory(
+    const char* name, const std::optional<at::Tensor>& target,
+    std::initializer_list<std::optional<at::Tensor>> others) {
+  for (const std::optional<at::Tensor>& other : others) {
+    if (!target || !other) continue;
+    const at::MemOverlapStatus overlap = at::get_overlap_status(*target, *other);
+    TORCH_CHECK(
+        overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial,
+        "_expert_ffn_backward_into: ", name,
+        " must have memory of its own, got memory of another argument");
+  }
 }
 
 // What _expert_ffn_backward_into returns: of its weights with a target nothing.
