@@ -149,7 +149,8 @@ def change_size(call, name, rng):
 def change_dtype(call, name, rng):
     t, s = call.arguments[name], call.variant.tensors[name]
     dtype = rng.choice(ALL_DTYPES)
-    allowed = DTYPES.get(s.dtype, (t.dtype,))
+    specs = [v.tensors[name] for v in OPERATORS[call.operator] if name in v.tensors]
+    allowed = {dtype for each in specs for dtype in DTYPES.get(each.dtype, (t.dtype,))}
     others = [n for n, o in call.variant.tensors.items() if o.dtype == f"like {name}"]
     if dtype == t.dtype or (dtype in allowed and any(is_tensor(call, n) for n in others)):
         return None
