@@ -147,7 +147,7 @@ def change_size(call, name, rng):
 
 
 def change_dtype(call, name, rng):
-    t, s = call.arguments[name], call.variant.tensors[name]
+    t = call.arguments[name]
     dtype = rng.choice(ALL_DTYPES)
     specs = [v.tensors[name] for v in OPERATORS[call.operator] if name in v.tensors]
     allowed = {dtype for each in specs for dtype in DTYPES.get(each.dtype, (t.dtype,))}
