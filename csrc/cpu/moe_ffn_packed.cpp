@@ -42,7 +42,8 @@ at::Tensor pack_weights(const at::Tensor& weight, bool gated) {
   const int64_t terms = sizes.step_terms;
   const Splits splits(gated);
   const int64_t n = N / splits.count;
-  const at::Tensor packed = empty_result({E, blocks, steps, kPackedColumns, terms}, weight.options());
+  const at::Tensor packed =
+      empty_result({E, blocks, steps, kPackedColumns, terms}, weight.options());
   for (int64_t e = 0; e < E; ++e) {
     at::Tensor columns = weight.select(0, e).reshape({splits.count, n, K});
     const int64_t more_n = blocks * splits.width - n, more_k = steps * terms - K;
