@@ -51,7 +51,7 @@ struct ExpertOperands {
   // Arguments of the pass from tokens to the pre-activation and, if defined, the activation.
   kernels::UpArgs up_args(
       Activation activation, const kernels::Rows& tokens, const at::Tensor& hidden,
-      const at::Tensor& activated) const {
+      const at::Tensor& activated, int64_t rows_per_expert) const {
     const int64_t up_at = gated ? I : 0;
     const int64_t element = gate_up_proj.element_size();
     const auto advance = [&](const void* data, int64_t elements) -> const void* {
@@ -73,7 +73,8 @@ struct ExpertOperands {
         gate_bias,
         {advance(gate_bias.data, up_at), gate_bias.expert_stride},
         mutable_data_or_null(hidden),
-        mutable_data_or_null(activated)};
+        mutable_data_or_null(activated),
+        blocks_per_task(gate, width, element, rows_per_expert, kernels::kForwardNBlocks)};
   }
 };
 
@@ -144,18 +145,23 @@ void run_experts(
   const at::Tensor tokens = with_dense_rows(tokens_);
   const auto& kernels = experts.kernels(tokens.scalar_type());
   const at::Tensor activated = empty_result({rows.size(), experts.I}, tokens.options());
-  const kernels::UpArgs up =
-      experts.up_args(activation, rows_of(tokens, rows.token_data()), hidden, activated);
+  const int64_t active = count_active(rows.offsets);
+  const int64_t rows_per_expert = rows.size() / std::max<int64_t>(active, 1);
+  const kernels::UpArgs up = experts.up_args(
+      activation, rows_of(tokens, rows.token_data()), hidden, activated, rows_per_expert);
+  const kernels::Weights down_weights = experts.down_weights();
   const kernels::ProductArgs down{
       experts.I,
       experts.H,
       rows_of(activated),
-      experts.down_weights(),
+      down_weights,
       bias_of(experts.down_bias),
       rows.token_data(),
       any_data_or_null(rows.weight),
       out.mutable_data_ptr(),
-      1};
+      blocks_per_task(
+          down_weights, experts.H, tokens.element_size(), rows_per_expert,
+          kernels::kForwardNBlocks)};
 
   const auto by_expert = whole_experts(rows.offsets);
   const auto row_blocks = split_rows(by_expert, kernels.max_block_rows);
@@ -163,13 +169,12 @@ void run_experts(
       by_expert, rows.token_data(), tokens.size(0), column_tasks(experts.H, down.n_blocks),
       kernels.max_block_rows);
   const int64_t scratch = std::max(
-      kernels.scratch_bytes(largest_block(row_blocks), experts.H, 1),
+      kernels.scratch_bytes(largest_block(row_blocks), experts.H, up.n_blocks),
       product_scratch(kernels, token_blocks, down, tokens.scalar_type() == at::kDouble));
   const int64_t weights = experts.weights_per_expert();
   run_phases(
       {{up_job(kernels, up, row_blocks)}, {product_job(kernels, down, token_blocks)}}, scratch,
-      estimate_nanoseconds(
-          rows.size() * weights, count_active(rows.offsets) * weights * tokens.element_size()));
+      estimate_nanoseconds(rows.size() * weights, active * weights * tokens.element_size()));
 }
 
 }  // namespace
@@ -213,8 +218,8 @@ class Backward {
 
   void run() {
     std::vector<Phase> phases;
-    up_ =
-        experts_.up_args(activation_, gathered(tokens_), recomputes_ ? hidden_ : at::Tensor(), {});
+    up_ = experts_.up_args(
+        activation_, gathered(tokens_), recomputes_ ? hidden_ : at::Tensor(), {}, rows_per_expert_);
     if (recomputes_) phases.push_back({up_job(kernels_, up_, row_blocks_)});
     if (hidden_.defined()) {
       back_to_hidden_ = grad_hidden_args();
@@ -275,7 +280,8 @@ class Backward {
         mutable_data_or_null(grad_hidden_),
         mutable_data_or_null(weighted_),
         mutable_data_or_null(weight_sums_),
-        blocks_per_task(down, experts_.I, tokens_.element_size(), rows_per_expert_)};
+        blocks_per_task(
+            down, experts_.I, tokens_.element_size(), rows_per_expert_, kernels::kMaxNBlocks)};
   }
 
   void add_grad_tokens(Phase& phase) {
@@ -290,7 +296,8 @@ class Backward {
         rows_.token_data(),
         nullptr,
         mutable_data_or_null(grads_.tokens),
-        blocks_per_task(gate_up, experts_.H, tokens_.element_size(), rows_per_expert_)};
+        blocks_per_task(
+            gate_up, experts_.H, tokens_.element_size(), rows_per_expert_, kernels::kMaxNBlocks)};
     token_blocks_.emplace(
         whole_experts_, rows_.token_data(), tokens_.size(0),
         column_tasks(experts_.H, back_to_tokens_.n_blocks), kernels_.max_block_rows);

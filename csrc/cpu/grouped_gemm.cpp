@@ -104,15 +104,15 @@ Job col_job(int64_t count, int64_t cols, const Fn& fn) {
 }  // namespace
 
 int64_t blocks_per_task(
-    const kernels::Weights& weights, int64_t N, int64_t element_size, int64_t rows) {
+    const kernels::Weights& weights, int64_t N, int64_t element_size, int64_t rows, int64_t most) {
   // Bytes. The hardware's prefetching stops at the end of a page, which four such rows fill:
   // reading 128 bytes of each waits for every one of them.
   constexpr int64_t kFar = 1024;
   // With many rows the weights are read seldom, and the sums of the blocks need the cache.
   constexpr int64_t kFewRows = 192;
   const bool far_rows = weights.k_stride != 1 && weights.k_stride * element_size >= kFar;
-  const bool wide = N >= kernels::kMaxNBlocks * kernels::kBlockN;
-  return far_rows && wide && rows < kFewRows ? kernels::kMaxNBlocks : 1;
+  const bool wide = N >= most * kernels::kBlockN;
+  return far_rows && wide && rows < kFewRows ? most : 1;
 }
 
 int64_t product_scratch(
@@ -128,7 +128,7 @@ int64_t product_scratch(
 Job up_job(
     const TypeKernels& kernels, const kernels::UpArgs& args, const std::vector<RowBlock>& blocks) {
   return col_job(
-      blocks.size(), column_blocks(args.gated ? 2 * args.I : args.I),
+      blocks.size(), column_tasks(args.gated ? 2 * args.I : args.I, args.n_blocks),
       [&](int64_t i, int64_t col, bool next, void* scratch) {
         kernels.up(args, blocks[i], col, next, scratch);
       });
@@ -184,8 +184,17 @@ void grouped_product(
   const auto& kernels = kernels_for(rows.scalar_type());
   const int64_t N = out.size(1);
   const kernels::ProductArgs args{
-      rows.size(1), N,       rows_of(rows),          weights, bias_of(bias),
-      nullptr,      nullptr, out.mutable_data_ptr(), 1};
+      rows.size(1),
+      N,
+      rows_of(rows),
+      weights,
+      bias_of(bias),
+      nullptr,
+      nullptr,
+      out.mutable_data_ptr(),
+      blocks_per_task(
+          weights, N, rows.element_size(),
+          offsets.back() / std::max<int64_t>(offsets.size() - 1, 1), kernels::kForwardNBlocks)};
   const TokenBlocks blocks(
       whole_experts(offsets), nullptr, rows.size(0), column_tasks(N, args.n_blocks),
       kernels.max_block_rows);

@@ -35,9 +35,9 @@ struct TokenBlocks {
 };
 
 // How many blocks of columns side by side are one task (kernels.h), for products with `weights` of
-// N columns and blocks of about `rows` rows.
+// N columns and blocks of about `rows` rows: 1, or `most` if rows of weights^T lie far apart.
 int64_t blocks_per_task(
-    const kernels::Weights& weights, int64_t N, int64_t element_size, int64_t rows);
+    const kernels::Weights& weights, int64_t N, int64_t element_size, int64_t rows, int64_t most);
 
 // The tasks that N columns are cut into.
 inline int64_t column_tasks(int64_t N, int64_t n_blocks) {

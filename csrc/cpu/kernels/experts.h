@@ -54,20 +54,31 @@ struct Experts {
     const int64_t rows = block.end - block.begin;
     const S* row[kBlockM];
     for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.tokens, block.begin + r);
-    const int64_t n = col * (args.gated ? kSplitN : kBlockN);
-    const Columns w = up_columns(args, block.expert, col);
-    const int64_t count = args.gated ? w.count[0] : w.size();
-    alignas(64) C bias[kBlockN];
+    // A block has so many columns of gate, and as many of up.
+    const int64_t width = args.gated ? kSplitN : kBlockN;
+    const int64_t first_block = col * args.n_blocks;
+    const int64_t n_blocks = smaller(args.n_blocks, ceil_div(args.I, width) - first_block);
     const S* gate_bias = of_expert(args.gate_bias, block.expert);
     const S* up_bias = of_expert(args.up_bias, block.expert);
-    read_bias(gate_bias ? gate_bias + n : nullptr, count, args.gated ? kSplitN : kBlockN, bias);
-    if (args.gated) read_bias(up_bias ? up_bias + n : nullptr, count, kSplitN, bias + kSplitN);
-    const auto epilogue = [&](const C* c, int64_t first, int64_t tile_rows, int64_t) {
-      write_up(args, block.begin + first, tile_rows, n, count, bias, c);
+    Columns w[kMaxNBlocks], after[kMaxNBlocks];
+    alignas(64) C bias[kMaxNBlocks * kBlockN];
+    for (int64_t b = 0; b < n_blocks; ++b) {
+      const int64_t n = (first_block + b) * width, count = smaller(args.I - n, width);
+      w[b] = up_columns(args, block.expert, first_block + b);
+      after[b] = up_columns(args, block.expert, first_block + n_blocks + b);
+      read_bias(gate_bias ? gate_bias + n : nullptr, count, width, bias + b * kBlockN);
+      if (args.gated) {
+        read_bias(up_bias ? up_bias + n : nullptr, count, width, bias + b * kBlockN + kSplitN);
+      }
+    }
+    const auto epilogue = [&](const C* c, int64_t first, int64_t tile_rows, int64_t n_block) {
+      const int64_t n = (first_block + n_block) * width;
+      write_up(
+          args, block.begin + first, tile_rows, n, smaller(args.I - n, width),
+          bias + n_block * kBlockN, c);
     };
-    const Columns after = next ? up_columns(args, block.expert, col + 1) : w;
     P::run(
-        row, rows, block.expert_rows, args.H, &w, 1, next ? &after : nullptr, scratch,
+        row, rows, block.expert_rows, args.H, w, n_blocks, next ? after : nullptr, scratch,
         Epilogue<C>(epilogue));
   }
 
@@ -127,9 +138,13 @@ struct Experts {
       for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.rows, block.begin + r);
       const S* expert_bias = of_expert(args.bias, block.expert);
       read_bias(expert_bias ? expert_bias + n : nullptr, count, pitch, bias);
-      Columns w[kMaxNBlocks];
+      const bool more = i + 1 < tokens.last_block;
+      const int64_t next_expert = blocks[more ? i + 1 : tokens.first_block].expert;
+      const int64_t next_n = more || !next ? n : n + pitch;
+      Columns w[kMaxNBlocks], after[kMaxNBlocks];
       for (int64_t b = 0; b < n_blocks; ++b) {
         w[b] = W::columns(args.weights, block.expert, n + b * kBlockN, args.N);
+        after[b] = W::columns(args.weights, next_expert, next_n + b * kBlockN, args.N);
       }
       const auto add_rows = [&](const C* c, int64_t first, int64_t tile_rows, int64_t n_block) {
         for (int64_t r = block.begin + first; tile_rows > 0; --tile_rows, ++r, c += kBlockN) {
@@ -142,12 +157,8 @@ struct Experts {
           }
         }
       };
-      const bool more = i + 1 < tokens.last_block;
-      const Columns after = W::columns(
-          args.weights, blocks[more ? i + 1 : tokens.first_block].expert,
-          more || !next ? n : n + pitch, args.N);
       P::run(
-          row, rows, block.expert_rows, args.K, w, n_blocks, more || next ? &after : nullptr, rest,
+          row, rows, block.expert_rows, args.K, w, n_blocks, more || next ? after : nullptr, rest,
           Epilogue<C>(add_rows));
     }
     S* out = static_cast<S*>(args.out) + tokens.begin * args.N + n;
@@ -165,16 +176,16 @@ struct Experts {
     const int64_t rows = block.end - block.begin;
     const S* row[kBlockM];
     for (int64_t r = 0; r < rows; ++r) row[r] = row_of(args.grad_out, block.begin + r);
-    Columns w[kMaxNBlocks];
+    Columns w[kMaxNBlocks], after[kMaxNBlocks];
     for (int64_t b = 0; b < n_blocks; ++b) {
       w[b] = W::columns(args.down, block.expert, n + b * kBlockN, args.I);
+      after[b] = W::columns(args.down, block.expert, n + pitch + b * kBlockN, args.I);
     }
     const auto epilogue = [&](const C* c, int64_t first, int64_t tile_rows, int64_t n_block) {
       write_grad_hidden(args, block.begin + first, tile_rows, col * args.n_blocks + n_block, c);
     };
-    const Columns after = next ? W::columns(args.down, block.expert, n + pitch, args.I) : Columns();
     P::run(
-        row, rows, block.expert_rows, args.H, w, n_blocks, next ? &after : nullptr, scratch,
+        row, rows, block.expert_rows, args.H, w, n_blocks, next ? after : nullptr, scratch,
         Epilogue<C>(epilogue));
 
     const S* bias = of_expert(args.down_bias, block.expert);

@@ -65,8 +65,9 @@ struct UpArgs {
   Rows tokens;       // indexed by row
   Weights gate, up;  // [I, H]; up is not read if not gated
   Bias gate_bias, up_bias;
-  void* hidden;     // [N, 2I] gate, then up, or [N, I]; may be null
-  void* activated;  // [N, I]; may be null
+  void* hidden;      // [N, 2I] gate, then up, or [N, I]; may be null
+  void* activated;   // [N, I]; may be null
+  int64_t n_blocks;  // as in ProductArgs
 };
 
 // out[t] = sum over the rows r with token(r) == t of weight(r) * (rows[r] weights^T + bias).
@@ -78,8 +79,8 @@ struct ProductArgs {
   const int32_t* token;    // of a row, or null: the row itself
   const void* row_weight;  // compute type, or null: 1
   void* out;               // [T, N]
-  int64_t n_blocks;  // side by side in one task: 1, or kMaxNBlocks where rows of weights^T are so
-                     // far apart that reading few columns of each wastes memory's time
+  int64_t n_blocks;  // side by side in one task: 1, or at most kMaxNBlocks where rows of weights^T
+                     // are so far apart that reading few columns of each wastes memory's time
 };
 
 // Tokens [begin, end), whose rows are the blocks [first_block, last_block) of a list.

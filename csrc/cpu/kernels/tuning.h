@@ -35,6 +35,9 @@ constexpr int64_t kSplitN = kBlockN / 2;
 // together they read 512 bytes of a row at once instead of 128. More would push the sums out of L2.
 // Rows: train at E = 64 and 128.
 constexpr int64_t kMaxNBlocks = 4;
+// The same of the forward, whose phases have few tasks: wider ones leave a thread idle at the end.
+// Rows: transposed.
+constexpr int64_t kForwardNBlocks = 2;
 
 // Terms of a packed panel: 512 terms of 64 columns are 64 KiB of bf16 or 128 KiB of floats, which
 // stay in L2 beside the rows; half as many when several blocks share it. Rows: forward.

@@ -10,6 +10,7 @@
 #include "cpu/kernels/gemm/dots.h"
 #include "cpu/kernels/gemm/pack.h"
 #include "cpu/kernels/gemm/squares.h"
+#include "cpu/kernels/gemm/strips.h"
 #include "cpu/kernels/gemm/tile.h"
 #include "cpu/kernels/scratch.h"
 
@@ -51,7 +52,7 @@ struct Product : A::Operands {
 
   // For each of n_blocks blocks of columns side by side: c [rows, kBlockN] = rows of a times
   // w[n_block], over `terms`, goes to the epilogue; columns that w does not have are undefined.
-  // `expert_rows`: RowBlock. `next` may name the w of the next product, to be fetched ahead.
+  // `expert_rows`: RowBlock. `next` may name the blocks of the next product, to be fetched ahead.
   static void run(
       const S* const* a, int64_t rows, int64_t expert_rows, int64_t terms, const Columns* w,
       int64_t n_blocks, const Columns* next, void* scratch_buffer, const Epilogue<C>& epilogue) {
@@ -93,6 +94,16 @@ struct Product : A::Operands {
               Dots<W>::stream(row, w[n_block], first, count, c_block, prefetcher);
             } else if (path == Path::kSquares) {
               Squares<W>::block(row, rows, w[n_block], terms, c_block);
+            } else if (path == Path::kStrips) {
+              const int64_t after = first + count;
+              const int64_t coming = smaller(terms - after, block);
+              Strips<W>::block(
+                  row, rows, {w[n_block], first, count},
+                  last
+                      ? typename Strips<W>::
+                            Block{next ? next[n_block] : w[n_block], 0, next ? smaller(terms, block) : 0}
+                      : typename Strips<W>::Block{w[n_block], after, coming},
+                  c_block);
             } else {
               Dots<W>::block(
                   row, rows, Dots<W>::m_tiles_of(rows), w[n_block], first, count, c_block,
@@ -123,18 +134,22 @@ struct Product : A::Operands {
   }
 
  private:
-  // kTiles: W is packed. kDots: it is read where it lies. kStream: so it is, a column at a time
-  // over all terms, in one stream from memory. kSquares: few of an expert's many rows. Each has one
-  // order of summing, whatever the rows, columns and terms that are taken at once:
-  // - kTiles, kSquares: a chain of multiply-adds over the terms, also across blocks of them;
+  // kTiles: W is packed. kStrips: few rows; columns are read where they lie side by side. kDots: it
+  // is read where it lies. kStream: so it is, a column at a time over all terms, in one stream from
+  // memory. kSquares: few of an expert's many rows. Each has one order of summing, whatever the
+  // rows, columns and terms that are taken at once:
+  // - kTiles, kStrips, kSquares: a chain of multiply-adds over the terms, also across blocks of
+  // them;
   // - kDots: such a chain in each lane, then the sum of the lanes, for every kBlockTerms terms;
   // - kStream: several chains in each lane over all terms, then the sum of all.
-  enum class Path { kTiles, kSquares, kDots, kStream };
+  enum class Path { kTiles, kStrips, kSquares, kDots, kStream };
 
   // Between different orders only the expert's rows may choose.
   static Path path_of(int64_t rows, int64_t expert_rows, int64_t terms, const Columns& w) {
     const bool few = expert_rows <= Dots<W>::max_m(terms) || (kDirect && w.size() <= kMaxDotN);
-    if (!w.has_dense_terms()) return Path::kTiles;
+    if (!w.has_dense_terms()) {
+      return W::kHasTerms && rows <= Strips<W>::kMaxM ? Path::kStrips : Path::kTiles;
+    }
     if (!few) return rows <= Squares<W>::kMaxM ? Path::kSquares : Path::kTiles;
     return expert_rows == 1 ? Path::kStream : Path::kDots;
   }
@@ -150,6 +165,7 @@ struct Product : A::Operands {
     // One tile reads a panel once, so it need not stay in a cache.
     if (W::kLiesInPanels && kPanelN == kBlockN && rows <= kTileM) return terms;
     if (path == Path::kDots) return Dots<W>::kBlockTerms;
+    if (path == Path::kStrips) return Strips<W>::kBlockTerms;
     return n_blocks > 1 ? kWideBlockK : kBlockK;
   }
 

@@ -107,11 +107,12 @@ struct Dense {
       return {row(k), kPairs && k + 1 < terms ? row(k + 1) : nullptr};
     }
     // `count` columns of a step's terms, which all exist.
+    template <int kLocality = 3>
     MOE_INLINE void prefetch(int64_t k, int64_t count) const {
       for (int i = 0; i < kTermsPerStep; ++i) {
         const char* line = reinterpret_cast<const char*>(row(k + i));
         for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(S)); byte += 64) {
-          __builtin_prefetch(line + byte);
+          __builtin_prefetch(line + byte, 0, kLocality);
         }
       }
     }
@@ -151,7 +152,11 @@ struct Dense {
         // Neighbouring lines together; with several blocks one line of a row serves them all.
         const int64_t step = b.k_stride * kElement;
         int64_t columns = b.count[split];
-        if (n_blocks > 1) columns = split == 0 ? n_blocks * kBlockN : 0;
+        if (n_blocks > 1 && b.data[1] != b.data[0] + kSplitN * b.n_stride) {
+          columns = n_blocks * kSplitN;
+        } else if (n_blocks > 1) {
+          columns = split == 0 ? n_blocks * kBlockN : 0;
+        }
         const int64_t lines = ceil_div(columns * kElement, 64);
         grids[split] = {at, lines, 64, ceil_div(terms, kLines), kLines * step, step};
       }
