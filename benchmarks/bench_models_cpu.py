@@ -11,6 +11,7 @@ import functools
 
 import pytest
 import torch
+from harness.device import separate_peaks
 from harness.figures import draw_bars
 from harness.results import (
     cpu_model,
@@ -149,6 +150,7 @@ def test_train(benchmark, take_turns, shape, dtype):
     steps are too small to tell their losses apart."""
     model, ids, work = model_and_ids(benchmark, shape, dtype, 2, 256)
     model.train()
+    separate_peaks(3 * sum(parameter.nbytes for parameter in model.parameters()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7, fused=True)
 
     def loss_and_backward():
