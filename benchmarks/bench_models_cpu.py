@@ -3,7 +3,7 @@ steps, with its experts by us and by transformers' own implementations, in turns
 
 `make bench-cpu` keeps every row in benchmarks/results/models_cpu-<CPU model>.json and .png. All
 contenders run the same model object: only the implementation of its experts is switched. Their
-outputs are compared before, for a training step all gradients too.
+outputs are compared before, for a training step in fp32 all gradients too.
 """
 
 import dataclasses
@@ -168,7 +168,9 @@ def test_train(benchmark, take_turns, shape, dtype):
     for peer in CONTENDERS:
         model.set_experts_implementation(peer)
         loss = loss_and_backward()
-        gradients.check(peer, [loss, *(p.grad for p in model.parameters())])
+        # A token that bf16 sends to another expert moves whole gradients.
+        exact = dtype == torch.float32
+        gradients.check(peer, [loss, *(p.grad for p in model.parameters() if exact)])
         optimizer.zero_grad()
     compare(benchmark, take_turns, "train", work, model, step, CONTENDERS, ids.numel())
 
