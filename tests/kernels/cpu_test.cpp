@@ -202,8 +202,9 @@ void test_layer(Type type, int64_t rows, int64_t H, int64_t I, bool transposed) 
       {up_bias.data(), W},
       {up_bias.at(I), W},
       hidden.data(),
-      activated.data()};
-  const int64_t up_cols = (W + kBlockN - 1) / kBlockN;
+      activated.data(),
+      transposed ? kForwardNBlocks : 1};
+  const int64_t up_cols = (W + up_args.n_blocks * kBlockN - 1) / (up_args.n_blocks * kBlockN);
   run(blocks.size() * up_cols, scratch, [&](int64_t i, void* s) {
     const int64_t col = i % up_cols;
     kernels.up(up_args, blocks[i / up_cols], col, col + 1 < up_cols, s);
