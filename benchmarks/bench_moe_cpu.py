@@ -116,7 +116,7 @@ def make_inputs(work: Work, train: bool) -> Inputs:
 def compare(benchmark, take_turns, kind: str, work: Work, peers: list[str]):
     if benchmark.disabled:
         work = work.smoke()
-    x = Inputs.make(work, kind == "train")
+    x = make_inputs(work, kind == "train")
     direction = "train" if kind == "train" else "forward"
     calls = {p: call_of(direction, PEERS[p](work, x)) for p in peers if p in PEERS}
     turns = in_turns(take_turns, calls, work)
