@@ -64,32 +64,13 @@ struct SavedExperts {
 // Of tokens, weights, gate_up_proj, down_proj, gate_up_bias, down_bias.
 using ExpertGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// experts_backward with targets.
-inline ExpertGrads add_experts_grads(
-    AutogradContext* ctx, const Tensor& grad_out, const SavedExperts& saved,
-    std::array<bool, 6> output_mask, const std::array<GradTarget, 2>& targets) {
-  static const auto op = find_op<ExpertGrads(
-      const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-      const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-      const OptionalTensor&, const OptionalTensor&, c10::string_view, bool, std::array<bool, 6>,
-      const OptionalTensor&, const OptionalTensor&)>("moe_ext::_expert_ffn_backward_into");
-  ExpertGrads grads;
-  {
-    // Threads may run backward of the same parameters at once; autograd adds under a lock too.
-    static std::mutex adding;
-    const std::lock_guard<std::mutex> lock(adding);
-    grads = op.call(
-        grad_out, saved.tokens, as_optional(saved.weights), as_optional(saved.row_map),
-        as_optional(saved.pair_tokens), saved.expert_offsets, as_optional(saved.hidden),
-        saved.gate_up_proj, saved.down_proj, as_optional(saved.gate_up_bias),
-        as_optional(saved.down_bias), ctx->saved_data["activation"].toStringView(),
-        ctx->saved_data["gated"].toBool(), output_mask, as_optional(targets[0].sum),
-        as_optional(targets[1].sum));
-  }
-  if (targets[0].sum.defined()) std::get<2>(grads) = targets[0].finish();
-  if (targets[1].sum.defined()) std::get<3>(grads) = targets[1].finish();
-  return grads;
-}
+// The backward operators; that which adds takes more.
+template <class... More>
+using ExpertsBackward = ExpertGrads(
+    const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+    const OptionalTensor&, const OptionalTensor&, c10::string_view, bool, std::array<bool, 6>,
+    More...);
 
 // With targets for gate_up_proj and down_proj their gradients are added there, and the outputs are
 // what autograd gets instead.
@@ -97,20 +78,31 @@ inline ExpertGrads experts_backward(
     AutogradContext* ctx, const Tensor& grad_out, const SavedExperts& saved,
     std::array<bool, 6> output_mask, const std::array<GradTarget, 2>& targets = {}) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  if (targets[0].sum.defined() || targets[1].sum.defined()) {
-    return add_experts_grads(ctx, grad_out, saved, output_mask, targets);
+  const auto call = [&](const auto& op, const auto&... more) {
+    return op.call(
+        grad_out, saved.tokens, as_optional(saved.weights), as_optional(saved.row_map),
+        as_optional(saved.pair_tokens), saved.expert_offsets, as_optional(saved.hidden),
+        saved.gate_up_proj, saved.down_proj, as_optional(saved.gate_up_bias),
+        as_optional(saved.down_bias), ctx->saved_data["activation"].toStringView(),
+        ctx->saved_data["gated"].toBool(), output_mask, more...);
+  };
+  if (!targets[0].sum.defined() && !targets[1].sum.defined()) {
+    static const auto op = find_op<ExpertsBackward<>>("moe_ext::_expert_ffn_backward");
+    return call(op);
   }
-  static const auto op = find_op<ExpertGrads(
-      const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-      const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-      const OptionalTensor&, const OptionalTensor&, c10::string_view, bool, std::array<bool, 6>)>(
-      "moe_ext::_expert_ffn_backward");
-  return op.call(
-      grad_out, saved.tokens, as_optional(saved.weights), as_optional(saved.row_map),
-      as_optional(saved.pair_tokens), saved.expert_offsets, as_optional(saved.hidden),
-      saved.gate_up_proj, saved.down_proj, as_optional(saved.gate_up_bias),
-      as_optional(saved.down_bias), ctx->saved_data["activation"].toStringView(),
-      ctx->saved_data["gated"].toBool(), output_mask);
+  static const auto adding_op =
+      find_op<ExpertsBackward<const OptionalTensor&, const OptionalTensor&>>(
+          "moe_ext::_expert_ffn_backward_into");
+  ExpertGrads grads;
+  {
+    // Threads may run backward of the same parameters at once; autograd adds under a lock too.
+    static std::mutex adding;
+    const std::lock_guard<std::mutex> lock(adding);
+    grads = call(adding_op, as_optional(targets[0].sum), as_optional(targets[1].sum));
+  }
+  if (targets[0].sum.defined()) std::get<2>(grads) = targets[0].finish();
+  if (targets[1].sum.defined()) std::get<3>(grads) = targets[1].finish();
+  return grads;
 }
 
 // The operators below get save_hidden instead of recompute, so an unknown one is refused here.

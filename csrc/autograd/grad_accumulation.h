@@ -12,7 +12,7 @@ namespace moe_ext::autograd {
 
 // A gradient that an optimizer keeps itself, by Megatron's convention: Python's attribute main_grad
 // of a parameter, and grad_added_to_main_grad, by which its trainer's hooks see that there is
-// nothing left for them to add. Set by module.cpp, which alone knows Python.
+// nothing left for them to add. Set by python/main_grad.cpp: autograd knows no Python.
 struct MainGrad {
   // Undefined if the parameter has none; an error if it does not fit. `name`: for messages.
   Tensor (*find)(const char* op, const char* name, const Tensor& parameter) =

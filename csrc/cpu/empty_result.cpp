@@ -13,12 +13,14 @@ namespace {
 
 using memory::BlockCache;
 
-// Tells torch's profiler, as torch's own allocator does.
-void report(void* block, int64_t bytes) {
+// Tells torch's profiler, as torch's own allocator does; sign: 1 for a new block, -1 for one that
+// goes.
+void report(void* block, int64_t sign) {
   if (!c10::memoryProfilingEnabled()) return;
   const BlockCache::Stats stats = BlockCache::instance().stats();
   c10::reportMemoryUsageToProfiler(
-      block, bytes, stats.bytes_in_use, stats.bytes_in_use + stats.bytes_held, c10::kCPU);
+      block, sign * BlockCache::instance().size_of(block), stats.bytes_in_use,
+      stats.bytes_in_use + stats.bytes_held, c10::kCPU);
 }
 
 // What tensors of large blocks name as their allocator: resize_ comes here, for any size.
@@ -26,11 +28,11 @@ struct BlockAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes < BlockCache::kLeastBytes) return c10::GetCPUAllocator()->allocate(bytes);
     void* block = BlockCache::instance().allocate(bytes);
-    report(block, BlockCache::instance().size_of(block));
+    report(block, 1);
     return {block, block, &free, c10::kCPU};
   }
   static void free(void* block) {
-    report(block, -BlockCache::instance().size_of(block));
+    report(block, -1);
     BlockCache::instance().free(block);
   }
   void copy_data(void* to, const void* from, size_t bytes) const override {

@@ -1,7 +1,6 @@
 #include "ops/moe_ffn_packed.h"
 
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
 
 #include "cpu/experts.h"
 #include "cpu/register.h"

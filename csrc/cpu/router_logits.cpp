@@ -48,15 +48,8 @@ std::tuple<at::Tensor, at::Tensor> router_logits_backward(
     const at::Tensor tokens = with_dense_rows(tokens_.to(dtype));
     grad_weight = empty_result(weight_.sym_sizes(), tokens.options());
     const auto& kernels = kernels_for(dtype);
-    const kernels::GradWeightsArgs args{
-        weight_.size(0),
-        weight_.size(1),
-        rows_of(grad_logits),
-        rows_of(tokens),
-        grad_weight.mutable_data_ptr(),
-        weight_.numel(),
-        weight_.size(1),
-        false};
+    const kernels::GradWeightsArgs args =
+        grad_weights_args(rows_of(grad_logits), rows_of(tokens), grad_weight.unsqueeze(0), false);
     const auto all_rows = whole_experts({0, tokens.size(0)});
     run_phases(
         {{grad_weights_job(kernels, args, all_rows)}}, kernels.grad_scratch_bytes(tokens.size(0)),

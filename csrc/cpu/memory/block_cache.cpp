@@ -139,11 +139,7 @@ void BlockCache::shrink_to(int64_t bytes) {
     });
     Held& held = oldest->second;
     const int64_t excess = round_up(stats_.bytes_held - bytes, kHugePage);
-    if (excess >= held.resident) {
-      drop(oldest);
-      continue;
-    }
-    const int64_t kept = (held.resident - excess) / kHugePage * kHugePage;
+    const int64_t kept = std::max<int64_t>(held.resident - excess, 0) / kHugePage * kHugePage;
     if (kept == 0) {
       drop(oldest);
       continue;
